@@ -1,0 +1,218 @@
+"""The head's step, side by side: eager reference, chunked, chunked with the update inside, and a plain Partial FC.
+
+    python -m benchmark.head [--device cpu] [--classes 1000000] [--batch_size 128] [--embedding_size 512]
+    python -m benchmark.head --sweep
+
+Each case runs in a process of its own: seconds of a step (forward, backward and update of the centers; the best of
+--repeats after a warm-up; on a CPU the process's own seconds on all its threads beside the clock's, as a busy machine
+moves only the latter), and the peak memory above the state (centers and momentum). --sweep goes over classes and sample
+rates instead: a step's time should follow the drawn rows and not the classes. A case that needs more memory than there
+is now is left out, and says so. Every run writes a dated file with hardware and versions to benchmark/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model.head import MarginHead
+from model.margin import arcface
+from model.plan import Form, HeadPlan
+from runtime.device import parse_device
+
+# A CPU's memory is given back when it is freed, so that the process's peak is what was in use.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+
+WAYS = {
+    "reference": dict(op="reference"),
+    "chunked": dict(op="chunked"),
+    "chunked, update inside": dict(op="chunked", update="backward"),
+}
+
+
+class PlainPartialFC(torch.nn.Module):
+    """Partial FC as projects write it: a dense parameter that is indexed, autograd, and a dense optimizer."""
+
+    def __init__(self, classes, dim, sample_rate, momentum, device):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(classes, dim, device=device).mul_(0.01))
+        self.drawn = int(classes * sample_rate)
+        self.optimizer = torch.optim.SGD([self.weight], lr=0.1, momentum=momentum, weight_decay=5e-4)
+
+    def forward(self, emb_BD, label_B):
+        weight_RD = self.weight
+        if self.drawn < self.weight.shape[0]:
+            order_C = torch.rand(self.weight.shape[0], device=emb_BD.device)
+            order_C[label_B] = 2.0
+            index_R = torch.sort(torch.topk(order_C, self.drawn)[1])[0]
+            label_B = torch.searchsorted(index_R, label_B)
+            weight_RD = self.weight[index_R]
+        cos_BR = F.linear(F.normalize(emb_BD), F.normalize(weight_RD)).clamp(-1, 1)
+        target_B = cos_BR.gather(1, label_B[:, None])[:, 0]
+        value_B, slope_B = arcface(target_B.detach())
+        value_B = value_B + slope_B * (target_B - target_B.detach())
+        return F.cross_entropy(64 * cos_BR.scatter(1, label_B[:, None], value_B[:, None]), label_B)
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def build(case, device):
+    """(what makes a step of it, its state's bytes)."""
+    classes, dim = case["classes"], case["embedding_size"]
+    if case["way"] == "plain Partial FC":
+        head = PlainPartialFC(classes, dim, case["sample_rate"], case["momentum"], device.torch)
+
+        def step(emb_BD, label_B):
+            loss = head(emb_BD, label_B)
+            loss.backward()
+            head.step()
+            return loss
+
+        return step, classes * dim * (8 if case["momentum"] else 4)
+    head = MarginHead(classes, dim, sample_rate=case["sample_rate"], momentum=case["momentum"], device=device.torch,
+                      dtype=getattr(torch, case["dtype"]), **WAYS[case["way"]])
+
+    def step(emb_BD, label_B):
+        head.set_lr(0.1)
+        loss = head(emb_BD, label_B).loss
+        loss.backward()
+        head.step(0.1)
+        return loss
+
+    return step, plan_of(case, device).device_state
+
+
+def plan_of(case, device) -> HeadPlan:
+    form = Form(getattr(torch, case["dtype"]), torch.float32 if case["momentum"] else None)
+    return HeadPlan(case["classes"], case["embedding_size"], 1, case["batch_size"], case["sample_rate"], form,
+                    update=WAYS.get(case["way"], {}).get("update", "step"), device_type=device.kind)
+
+
+def needed(case, device) -> int:
+    """Bytes that the case takes, about: to leave it out where they are not there."""
+    plan = plan_of(case, device)
+    if case["way"] == "reference":
+        return plan.device_state + 4 * plan.drawn * (5 * case["batch_size"] + 3 * case["embedding_size"])
+    if case["way"] == "plain Partial FC":
+        dense = 4 * (3 if case["momentum"] else 2) * case["classes"] * case["embedding_size"]
+        return dense + 4 * plan.drawn * (8 * case["batch_size"] + 4 * case["embedding_size"])
+    return plan.device_bytes
+
+
+def measure(case) -> dict:
+    """One case, in this process."""
+    device = parse_device(case["device"])
+    if device.kind != "cpu":  # there set() keeps freed memory for the next step, and peaks could not be told apart
+        device.set()
+    if case["threads"]:
+        torch.set_num_threads(case["threads"])
+    low = device.kind != "cpu"
+    generator = torch.Generator().manual_seed(0)
+    emb_BD = torch.randn(case["batch_size"], case["embedding_size"], generator=generator).to(device.torch)
+    label_B = torch.randint(case["classes"], (case["batch_size"],), generator=generator).to(device.torch)
+    # what the libraries keep for themselves
+    warm, _ = build({**case, "classes": 4096, "sample_rate": 1.0}, device)
+    warm(emb_BD.clone().requires_grad_(), label_B % 4096)
+    del warm
+    device.reset_peak_memory()
+    before = device.memory_allocated()
+    step, state = build(case, device)
+    seconds, cpu_seconds, losses = [], [], []
+    for _ in range(1 + case["repeats"]):
+        leaf_BD = (emb_BD.to(torch.bfloat16) if low else emb_BD.clone()).requires_grad_()
+        device.synchronize()
+        clock, cpu = time.perf_counter(), time.process_time()
+        loss = step(leaf_BD, label_B)
+        device.synchronize()
+        seconds.append(time.perf_counter() - clock)
+        cpu_seconds.append(time.process_time() - cpu)
+        losses.append(float(loss))
+    return {"seconds": min(seconds[1:]), "cpu_seconds": min(cpu_seconds[1:]), "state_bytes": state,
+            "bytes_above_state": device.max_memory_allocated() - before - state, "first_loss": losses[0],
+            "last_loss": losses[-1], "drawn": plan_of(case, device).drawn, "load_average": os.getloadavg()[0]}
+
+
+def available(device) -> int:
+    if device.kind != "cpu":
+        return device.total_memory() - device.memory_allocated()
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def run(case) -> dict:
+    """One case in a process of its own; {"left_out": why} where it does not fit."""
+    device = parse_device(case["device"])
+    room, needs = available(device), needed(case, device)
+    if needs + 2 * 10**9 > room:
+        return {"left_out": f"needs about {needs / 1e9:.1f} GB, {room / 1e9:.1f} are there"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmark.head", "--one", json.dumps(case)],
+                          env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    if done.returncode:
+        return {"left_out": (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(case, row) -> str:
+    name = f"{case['way']:<24}{case['classes']:>12,}{case['sample_rate']:>7g}"
+    if "left_out" in row:
+        return f"{name}  left out: {row['left_out']}"
+    return (f"{name}{row['drawn']:>12,}{row['seconds']:>10.3f}{row['cpu_seconds']:>10.3f}"
+            f"{row['state_bytes'] / 1e6:>11,.0f}{row['bytes_above_state'] / 1e6:>12,.0f}{row['first_loss']:>10.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--classes", type=float, nargs="+")
+    parser.add_argument("--sample_rate", type=float, nargs="+")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--embedding_size", type=int, default=512)
+    parser.add_argument("--momentum", type=float, default=0.9)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="of a CPU; 0 = as torch chooses")
+    parser.add_argument("--sweep", action="store_true", help="classes 1e5 1e6 1e7, sample rates 1 0.1 0.01")
+    parser.add_argument("--output", default=str(Path(__file__).parent / "results"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        sys.stdout.write(json.dumps(measure(json.loads(options.one))) + "\n")
+        return
+    shared = {name: getattr(options, name) for name in
+              ("device", "batch_size", "embedding_size", "momentum", "dtype", "repeats", "threads")}
+    classes = options.classes or ([1e5, 1e6, 1e7] if options.sweep else [1e6])
+    rates = options.sample_rate or ([1.0, 0.1, 0.01] if options.sweep else [1.0])
+    ways = ["chunked, update inside", "plain Partial FC"] if options.sweep else list(WAYS)
+    sys.stdout.write(f"{'way':<24}{'classes':>12}{'rate':>7}{'drawn':>12}{'seconds':>10}{'cpu s':>10}{'state MB':>11}"
+                     f"{'above it MB':>12}{'loss':>10}\n")
+    rows = []
+    for count in classes:
+        for rate in rates:
+            for way in ways:
+                case = {"way": way, "classes": int(count), "sample_rate": rate, **shared}
+                row = run(case)
+                rows.append({**case, **row})
+                sys.stdout.write(line(case, row) + "\n")
+                sys.stdout.flush()
+    device = parse_device(options.device)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"head_{'sweep_' if options.sweep else ''}{device.kind}_{time.strftime('%Y-%m-%d')}.json"
+    record = {"date": time.strftime("%Y-%m-%d %H:%M"), "device": device.describe(), "python": sys.version.split()[0],
+              "threads": options.threads or torch.get_num_threads(), "rows": rows}
+    (folder / name).write_text(json.dumps(record, indent=1) + "\n")
+    sys.stdout.write(f"{folder / name}\n")
+
+
+if __name__ == "__main__":
+    main()

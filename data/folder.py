@@ -1,0 +1,52 @@
+"""Image folders: `imgs/<class>/<image>.jpg`, in the order of torchvision's ImageFolder (which is not needed here)."""
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Optional
+
+from data.errors import DataError
+from data.files import FileDataset, PackedStrings
+from data.images import IMAGE_SUFFIXES
+
+
+def class_names(root) -> list[str]:
+    """The class folders of `root`, sorted as strings ("10" stands before "2"); class i is the i-th."""
+    try:
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    except OSError as error:
+        raise DataError(f"{root}: cannot be read ({error.strerror})") from None
+
+
+def open_folder(root, channel_order: str = "rgb", num_classes: Optional[int] = None, size: int = 112) -> FileDataset:
+    """The training set in a folder of class folders. Raises DataError for none, or for a class without images."""
+    root = Path(root)
+    names = class_names(root)
+    if not names:
+        raise DataError(f"{root}: holds no class folder: images belong into {root.name}/<class>/<image>.jpg")
+    labels = array("q")
+
+    def paths() -> Iterator[str]:
+        for label, name in enumerate(names):
+            before = len(labels)
+            for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
+                for file in sorted(files):
+                    if file.lower().endswith(IMAGE_SUFFIXES):
+                        labels.append(label)
+                        yield os.path.relpath(os.path.join(folder, file), root)
+            if len(labels) == before:
+                raise DataError(f"{root / name}: this class folder holds no image: remove it or fill it")
+
+    packed = PackedStrings(paths())
+    return FileDataset(root, packed, labels, str(root), channel_order, num_classes, size)
+
+
+def has_class_folders(root) -> bool:
+    """Whether some folder directly in `root` directly holds an image."""
+    for name in class_names(root):
+        with os.scandir(Path(root) / name) as entries:
+            if any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries):
+                return True
+    return False

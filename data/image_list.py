@@ -1,0 +1,58 @@
+"""Image lists: `label.txt` with a line `relative/path.jpg<space or tab>label` for each image."""
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Optional
+
+from data.errors import DataError
+from data.files import FileDataset, PackedStrings
+from data.images import inside
+
+
+def read_list(path) -> Iterator[tuple[str, int]]:
+    """(relative path, class) for each line. Paths may hold spaces: the class is the last field.
+
+    Blank lines and comments are skipped. Raises DataError naming the line that is something else.
+    """
+    path = Path(path)
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            for number, line in enumerate(file, start=1):
+                fields = line.rsplit(None, 1)
+                if len(fields) == 2 and fields[1].isdecimal():
+                    name = fields[0].strip()
+                    if ".." in name or name[0] == "/" or "\0" in name:  # millions of lines: look closer only then
+                        inside(path.parent, name, f"{path} line {number}")
+                    yield name, int(fields[1])
+                elif fields and not line.startswith("#"):
+                    raise DataError(f"{path} line {number}: {line.strip()[:60]!r} is not 'path label' with a class "
+                                    "from 0 upwards")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def write_list(path, items: Iterable[tuple[str, int]]) -> None:
+    """Write (relative path, class) as the lines of a list file, separated by a tab; it appears when complete."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for name, label in items:
+            file.write(f"{name}\t{label}\n")
+    os.replace(partial, path)
+
+
+def open_image_list(path, channel_order: str = "rgb", num_classes: Optional[int] = None,
+                    size: int = 112) -> FileDataset:
+    """The training set that a list file describes; paths are relative to the list's folder."""
+    labels = array("q")
+
+    def names() -> Iterator[str]:
+        for name, label in read_list(path):
+            labels.append(label)
+            yield name
+
+    packed = PackedStrings(names())
+    return FileDataset(Path(path).parent, packed, labels, str(path), channel_order, num_classes, size)

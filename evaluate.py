@@ -1,0 +1,131 @@
+"""Verify a network: `python evaluate.py --pth_path=model.pth [--data_path=FOLDER_OR_SET]`, alone or under torchrun.
+
+The weights may be this project's or a known lineage's; they say themselves which network they are for. Their images
+come in the order that the checkpoint records, for others' weights the one of `--channel_order`. Computes in fp32
+unless `--opt_level` says otherwise. Prints a table, and leaves evaluation.json and roc.png in `--output`,
+metrics.jsonl (for report.py) in `--run_dir`; one of the two stands for both, work_space/evaluation for neither.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import config as options
+import report
+from configs import RECIPES
+from runtime import log
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    config = options.parse_arguments(sys.argv[1:], training=False, recipes=RECIPES)
+    # torch and what stands on it only now: --help and a misspelt option answer at once
+    from runtime.device import parse_device
+    from runtime.dist import open_world, world_env
+
+    if not config.pth_path:
+        raise options.ConfigError("--pth_path is missing: name the weights to evaluate")
+    ranks = world_env()
+    log.setup_logging(ranks["rank"], ranks["size"])
+    sets = find_sets(config)
+    device = parse_device(config.device_type, config.device_id + ranks["local_rank"])
+    device.set()
+    with open_world(device, config.dist_timeout) as world:
+        evaluate(config, sets, device, world)
+    return 0
+
+
+def find_sets(config) -> dict[str, Path]:
+    """{name: path} of the sets in `--data_path`, a folder of sets or one set; sets named by hand must exist."""
+    from data import DataError, pairs
+
+    root = Path(config.data_path)
+    found = pairs.find_pair_sets(root, config.val_targets)
+    by_default = set(config.val_targets) == set(options.VERIFICATION_SETS)
+    missing = [name for name in config.val_targets if name not in found]
+    if missing and not by_default and not root.is_file():
+        raise DataError(f"{root} holds no verification set {', '.join(missing)}: looked for NAME.bin and NAME/")
+    if not found and any((root / mark).is_file() for mark in ("label.txt", "meta/sizes")):
+        found = {root.resolve().name: root}
+    if not found:
+        raise DataError(f"{root} holds no verification set ({', '.join(config.val_targets)}): give --data_path")
+    return found
+
+
+def evaluate(config, sets: dict[str, Path], device, world) -> dict:
+    """Judge the weights of `config.pth_path` on every set; rank 0 prints and writes. Returns {name: PairResult}."""
+    from learner import Learner
+    from verify import embed
+
+    started = time.time()
+    if config.opt_level == "auto":
+        config = options.replace(config, opt_level="O0")
+    config = options.replace(config, **architecture(config.pth_path))
+    learner = Learner(config, device, world, training=False)
+    run_dir = Path(config.run_dir or config.output or Path(config.work_path) / "evaluation")
+    folder = Path(config.output or run_dir)
+    with log.RunLog(run_dir, world, config.as_dict(), tensorboard=False) as run_log:
+        run_log.record(
+            "run", task="evaluate", case=config.case, network=learner.network, batch_size=config.eval_batch_size,
+            device=device.describe(), command=shlex.join(["python", *sys.argv]),
+        )  # fmt: skip
+        results = learner.evaluate(sets)
+        records = {name: embed.as_record(result) for name, result in results.items()}
+        for name, record in records.items():
+            run_log.record("verify", step=0, epoch=0, set=name, untrained=False, **record)
+        run_log.record("end", seconds=time.time() - started, reason="finished", steps=0)
+    if world.is_main:
+        table = [{"set": name, "untrained": None, "trained": record} for name, record in records.items()]
+        print("\n".join(report.result_lines(table)))
+        facts = {
+            "weights": str(config.pth_path),
+            "network": learner.network,
+            "embedding_size": config.embedding_size,
+            "channel_order": learner.channel_order,
+            "flip_sum": config.flip_sum,
+            "opt_level": learner.precision.policy.name,
+            "ranks": world.size,
+            "device": device.describe(),
+            "versions": log.versions(),
+            "seconds": time.time() - started,
+            "sets": {name: {"path": str(sets[name]), **record} for name, record in records.items()},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "evaluation.json").write_text(json.dumps(log.plain(facts), indent=2) + "\n", encoding="utf-8")
+        save_roc(results, folder / "roc.png")
+        logger.info("results are in %s", folder)
+    return results
+
+
+def architecture(pth_path) -> dict:
+    """Which network a file's weights are for, as options."""
+    from checkpoint import foreign
+
+    found = foreign.load_foreign(pth_path)
+    # a network of one depth has none to tell
+    depth = {} if found.net_depth is None else {"net_depth": found.net_depth}
+    return {"net_mode": found.net_mode, "embedding_size": found.embedding_size, **depth}
+
+
+def save_roc(results: dict, path: Path) -> None:
+    from verify import plot
+
+    try:
+        plot.roc_figure({name: (result.roc.fpr, result.roc.tpr) for name, result in results.items()}).savefig(path)
+    except ImportError:
+        logger.info("matplotlib is not installed: no %s", path.name)
+
+
+def expected_errors() -> tuple:
+    from learner import USER_ERRORS
+
+    return (*USER_ERRORS, OSError)
+
+
+if __name__ == "__main__":
+    log.run_command(main, expected_errors)

@@ -1,0 +1,321 @@
+"""The classification head: class centers sharded over the ranks by rows, a margin, and their own SGD.
+
+It is no part of the torch optimizer and of no use to DistributedDataParallel: its rows, their gradient and their
+momentum never leave the rank that holds them. One rank is the trivial shard, and the same code.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from model import ModelError
+from model.centers import Centers
+from model.margin import NormStatistics, find_margin
+from model.ops import LossSpec, accumulate_dtype, choose_op
+from model.partial_fc import Draw
+from runtime.dist import ALONE
+from runtime.shard import RowShard
+
+
+class HeadOutput(NamedTuple):
+    """loss: the global batch's mean, the same on every rank. correct, correct_top5: how many of the global batch have
+    their own class (of those that took part) as the best, or among the five best, without margin; 0-dim tensors."""
+
+    loss: torch.Tensor
+    correct: torch.Tensor
+    correct_top5: torch.Tensor | None = None
+
+
+class MarginHead(nn.Module):
+    """Embeddings and labels in, loss out.
+
+    margin: a name of `model.margin.MARGINS`; m: its own default if None; combined: (m1, m2, m3) of "combined".
+    s: scale of the cosines ("linear_softmax", x W + b, has none).
+    world: the ranks that share the classes. sharded=False: every rank holds all centers and sees its own images only,
+    and their gradients are averaged (data parallel; PLSC's `arcface` and `softmax`).
+    op: a name of `model.ops`, or "auto".
+    sample_rate: share of a rank's centers that takes part in a training step (Partial FC, `model.partial_fc`).
+    update_rows: "drawn" moves the drawn centers only, "all" decays and moves every one, as arcface_torch does.
+    update: "step" collects the centers' gradient until `step`; "backward" updates them inside the backward walk, so
+    that no gradient of theirs exists: call `set_lr` before forward, once an update (every backward is one, nothing
+    accumulates); found_inf cannot hold it back, so a batch whose embeddings, loss or incoming gradient is not finite is
+    left out where it arises.
+    interclass_filtering_threshold: a cosine with another class above it counts as 0 (noisy labels; 0 = off).
+    momentum, weight_decay, init_norm, dtype, momentum_dtype, momentum_on_host: of the centers, see `Centers`.
+    top5: count the five best too.
+
+    Gradients: the embeddings get those of the global mean times world.size, because DistributedDataParallel averages
+    over the ranks; the centers' own gradient is complete. Several forwards and backwards before a step add up.
+    In eval mode all centers take part.
+    Raises ModelError, one line, for arguments that do not fit together.
+    """
+
+    def __init__(self, num_classes: int, embedding_size: int = 512, margin: str = "arcface", s: float = 64.0,
+                 m: float | None = None, combined: tuple = (1.0, 0.5, 0.0), world=ALONE, sharded: bool = True,
+                 op: str = "auto", sample_rate: float = 1.0, update_rows: str = "drawn", update: str = "step",
+                 interclass_filtering_threshold: float = 0.0, top5: bool = False, seed: int = 0, momentum: float = 0.9,
+                 weight_decay: float = 5e-4, init_norm: float = 1.0, device=None, dtype: torch.dtype = torch.float32,
+                 momentum_dtype: torch.dtype = torch.float32, momentum_on_host: bool = False):
+        super().__init__()
+        kind = find_margin(margin)
+        _check_arguments(num_classes, margin, kind, world, sharded, sample_rate, update_rows, update,
+                         interclass_filtering_threshold)
+        self.num_classes, self.embedding_size, self.margin, self.sharded = num_classes, embedding_size, margin, sharded
+        self.world, self.device, self.update = world, torch.device(device or "cpu"), update
+        self.op = choose_op(op, self.device)
+        self.norms = NormStatistics() if kind.reads_norms else None
+        parameters = dict(zip(("m1", "m2", "m3"), combined)) if margin == "combined" else {}
+        if m is not None and "m" in kind.parameters:
+            parameters["m"] = m
+        self.margin_function = partial(kind.function, **parameters)
+        self.spec = dict(s=s if kind.normalised else 1.0, normalise=kind.normalised,
+                         filter_above=interclass_filtering_threshold, top5=top5)
+        self.bias = not kind.normalised
+        self._class_world = world if sharded else ALONE
+        shard = RowShard.of(num_classes, self._class_world.rank, self._class_world.size)
+        self.centers = Centers(shard, embedding_size + self.bias, momentum=momentum, weight_decay=weight_decay,
+                               seed=seed, init_norm=init_norm, bias=self.bias, dtype=dtype, device=self.device,
+                               momentum_dtype=momentum_dtype, momentum_on_host=momentum_on_host,
+                               all_rows=update_rows == "all")
+        self.centers.update_kernel = self.op.update_rows
+        self.draw = Draw(shard.rows, sample_rate, seed, shard.start) if sample_rate < 1 else None
+        self.draws = 0  # how many there were: the next one depends on it
+        self._prepared = None
+        self._lr = None  # (lr, inv_scale) of updates inside backward
+
+    def extra_repr(self) -> str:
+        shard = self.centers.shard
+        return (f"{self.margin}, classes {shard.start}:{shard.stop} of {self.num_classes}, "
+                f"embedding_size={self.embedding_size}, op={self.op.name}")
+
+    def forward(self, emb_BD: torch.Tensor, labels_B: torch.Tensor) -> HeadOutput:
+        """emb_BD: [B, embedding_size] of any floating dtype, not normalised. labels_B: int64. The same B on every rank.
+
+        A label outside 0..num_classes-1 raises ModelError on a CPU, and on a device, which is not waited for, gives a
+        loss that is not a number."""
+        self._check(emb_BD, labels_B)
+        operand = emb_BD.dtype
+        emb_BD = emb_BD.to(accumulate_dtype(self.centers.dtype))
+        if torch.is_grad_enabled() and not emb_BD.requires_grad:
+            emb_BD = emb_BD.detach().requires_grad_()  # backward has to run for the centers' sake
+        if self.sharded:
+            emb_BD = _Gather.apply(emb_BD, self.world)
+        if self.bias:
+            emb_BD = torch.cat([emb_BD, torch.ones_like(emb_BD[:, :1])], dim=1)
+        prepared, self._prepared = self._prepared or self._draw(labels_B), None
+        rows = self.centers.rows(prepared.index_R, self._next_update(), prepared.staged)
+        spec = LossSpec(margin=self._margin, operand=operand, **self.spec)
+        result = self.op.run(emb_BD, rows, prepared.place_B, spec, self._class_world)
+        loss = result.loss_B.mean()
+        correct = result.top1_B.sum()
+        correct_top5 = None if result.top5_B is None else result.top5_B.sum()
+        if not self.sharded and self.world.size > 1:
+            loss, correct, correct_top5 = self._over_ranks(loss, correct, correct_top5)
+        return HeadOutput(loss, correct, correct_top5)
+
+    def prepare(self, labels_B: torch.Tensor) -> None:
+        """Optional, before the backbone's forward, with the labels of the next forward: draws its centers, and starts
+        to bring their momentum over where it lives on the host, so that this runs beside the backbone's compute."""
+        self._prepared = self._draw(labels_B)
+
+    def _draw(self, labels_B) -> _Prepared:
+        if self.sharded:
+            labels_B = self.world.all_gather(labels_B)
+        shard = self.centers.shard
+        column_B = torch.where(shard.owns(labels_B), shard.local(labels_B), torch.full_like(labels_B, -1))
+        learning = self.training and torch.is_grad_enabled()
+        if self.draw is None or not self.training:
+            index_R, place_B = None, column_B
+        else:
+            index_R, place_B = self.draw(column_B, self.draws)
+            self.draws += 1
+        return _Prepared(index_R, place_B, self.centers.stage(index_R) if learning else None)
+
+    def _next_update(self):
+        if self.update == "step" or not torch.is_grad_enabled():
+            return None
+        if self._lr is None:
+            raise ModelError("update='backward' needs set_lr before every forward")
+        (lr, inv_scale), self._lr = self._lr, None
+        return self.centers.begin_update(lr, inv_scale)
+
+    def _margin(self, target_B, norm_B):
+        if self.norms is None:
+            return self.margin_function(target_B)
+        if not self.sharded:
+            everyone_N = self.world.all_gather(norm_B)
+            quality_N = self.norms.quality(everyone_N, self.training)
+            start = self.world.rank * norm_B.shape[0]
+            return self.margin_function(target_B, quality_N[start: start + norm_B.shape[0]])
+        return self.margin_function(target_B, self.norms.quality(norm_B, self.training))
+
+    def _over_ranks(self, loss, correct, correct_top5):
+        """The values of the global batch; the gradient stays the local mean's, which is what averaging ranks want."""
+        mean = self.world.all_reduce_(loss.detach().clone()) / self.world.size
+        counts = [self.world.all_reduce_(count) for count in (correct, correct_top5) if count is not None]
+        return loss + (mean - loss.detach()), counts[0], counts[1] if len(counts) > 1 else None
+
+    def _check(self, emb_BD, labels_B):
+        if emb_BD.dim() != 2 or emb_BD.shape[1] != self.embedding_size or labels_B.shape != emb_BD.shape[:1]:
+            raise ModelError(f"the head takes embeddings [B, {self.embedding_size}] and labels [B], "
+                             f"got {list(emb_BD.shape)} and {list(labels_B.shape)}")
+        if labels_B.device.type == "cpu" and labels_B.numel():
+            low, high = int(labels_B.min()), int(labels_B.max())
+            if low < 0 or high >= self.num_classes:
+                raise ModelError(f"label {low if low < 0 else high}: the head has classes 0 to {self.num_classes - 1}")
+
+    # --- the update --------------------------------------------------------------------------------------------------
+
+    def set_lr(self, lr: float, inv_scale=1.0) -> None:
+        """With update="backward": learning rate and 1 / loss scale of the next forward's update. Else no effect."""
+        self._lr = lr, inv_scale
+
+    def found_inf(self) -> torch.Tensor:
+        """0-dim float tensor, 1.0 if a gradient of this rank's centers is not finite. Reduce it (max) over the ranks
+        before step: all of them have to skip together."""
+        self._average()
+        return self.centers.found_inf()
+
+    def step(self, lr: float, inv_scale=1.0, found_inf=None) -> None:
+        """SGD with momentum and weight decay on this rank's centers; then drops their gradients. With update="backward"
+        there is nothing left to do.
+
+        inv_scale: 1 / loss scale, a float or a 0-dim tensor. found_inf: 0-dim tensor; where it is 1 nothing moves."""
+        self._average()
+        with torch.no_grad():
+            self.centers.step(lr, inv_scale, found_inf)
+
+    def _average(self):
+        """Replicated centers: the mean of the ranks' gradients, once a step."""
+        if self.sharded or self.world.size == 1:
+            return
+        for rows in self.centers.pending:
+            if rows.grad is not None and not rows.averaged:
+                self.world.all_reduce_(rows.grad).div_(self.world.size)
+                rows.bad = self.world.all_reduce_(rows.bad, op="max")
+                rows.averaged = True
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def local_state(self) -> dict:
+        """This rank's rows as they are stored (tensors are not copied), and what else the next step depends on."""
+        return {**self.centers.state(), "draws": self.draws, "norms": self._norm_state()}
+
+    def load_local_state(self, state: dict) -> None:
+        """What `local_state` gave on the same rank of as many. Raises ModelError for another part or shape."""
+        with torch.no_grad():
+            self.centers.load_state(state)
+        self.draws = int(state["draws"])
+        if self.norms is not None:
+            self.norms.load(state["norms"])
+
+    def _norm_state(self):
+        return None if self.norms is None else self.norms.state()
+
+    def gathered_kernel(self, max_bytes: int = 64 * 2**20):
+        """All centers as [embedding_size, num_classes] float32 on rank 0's host, None on the others.
+
+        They travel in pieces of at most max_bytes. All ranks have to call it."""
+        return self._gathered(self._weight_rows, slice(0, self.embedding_size), max_bytes)
+
+    def gathered_training_state(self, max_bytes: int = 64 * 2**20) -> dict:
+        """What `gathered_kernel` leaves out, for a checkpoint in one file: momentum [width, num_classes] and bias
+        [1, num_classes] float32 on rank 0's host (None on the others, or where there is none), and plain values."""
+        momentum = bias = None
+        if self.centers.velocity is not None:
+            momentum = self._gathered(self.centers.momentum_rows, slice(None), max_bytes)
+        if self.bias:
+            bias = self._gathered(self._weight_rows, slice(self.embedding_size, None), max_bytes)
+        return {"momentum": momentum, "bias": bias, "draws": self.draws, "updates": self.centers.updates,
+                "norms": self._norm_state()}
+
+    def _weight_rows(self, start, stop):
+        return self.centers.weight[start:stop]
+
+    def _gathered(self, rows_of, columns, max_bytes):
+        """Pieces of rows_of(start, stop) [n, width] from all ranks, transposed, on rank 0."""
+        world, width = self._class_world, self.centers.width
+        whole = None
+        if self.world.is_main:
+            whole = torch.empty(len(range(width)[columns]), self.num_classes, dtype=torch.float32)
+        piece = max(1, max_bytes // (4 * width))
+        for owner in range(world.size):
+            shard = RowShard.of(self.num_classes, owner, world.size)
+            for start in range(shard.start, shard.stop, piece):
+                stop = min(start + piece, shard.stop)
+                if world.rank == owner:
+                    rows = rows_of(start - shard.start, stop - shard.start)
+                    rows = rows.to(device=self.device, dtype=torch.float32).contiguous()
+                else:
+                    rows = torch.empty(stop - start, width, dtype=torch.float32, device=self.device)
+                world.broadcast_(rows, src=owner)
+                if whole is not None:
+                    whole[:, start:stop] = rows[:, columns].t().cpu()
+        return whole
+
+    def load_kernel(self, kernel_DC: torch.Tensor) -> None:
+        """[embedding_size, num_classes], as `gathered_kernel` gives it: each rank takes its rows. Momentum starts anew.
+
+        Raises ModelError where the shape is another one."""
+        if tuple(kernel_DC.shape) != (self.embedding_size, self.num_classes):
+            raise ModelError(f"head kernel: expected [{self.embedding_size}, {self.num_classes}] (embedding size, "
+                             f"classes), got {list(kernel_DC.shape)}")
+        with torch.no_grad():
+            self.centers.weight[:, : self.embedding_size] = self._own(kernel_DC)
+            self.centers.load_momentum(None)
+
+    def load_training_state(self, state: dict) -> None:
+        """What `gathered_training_state` gave on rank 0; each rank takes its rows."""
+        with torch.no_grad():
+            self.centers.load_momentum(None if state["momentum"] is None else self._own(state["momentum"]))
+            if self.bias and state["bias"] is not None:
+                self.centers.weight[:, self.embedding_size:] = self._own(state["bias"])
+        self.draws, self.centers.updates = int(state["draws"]), int(state["updates"])
+        if self.norms is not None:
+            self.norms.load(state["norms"])
+
+    def _own(self, table_DC):
+        return table_DC[:, self.centers.shard.slice].t()
+
+
+class _Prepared(NamedTuple):
+    """The rows of one forward: see `Draw`; and their momentum on its way, where it comes from the host."""
+
+    index_R: torch.Tensor | None
+    place_B: torch.Tensor
+    staged: object
+
+
+def _check_arguments(num_classes, margin, kind, world, sharded, sample_rate, update_rows, update, filtering):
+    if num_classes < 2 or (sharded and num_classes < world.size):
+        raise ModelError(f"num_classes {num_classes}: needs at least 2, and as many as ranks share them ({world.size})")
+    if not 0 < sample_rate <= 1:
+        raise ModelError(f"sample_rate {sample_rate}: must be above 0 and at most 1")
+    if update_rows not in ("drawn", "all"):
+        raise ModelError(f"update_rows '{update_rows}': choose from drawn, all")
+    if update not in ("step", "backward"):
+        raise ModelError(f"update '{update}': choose from step, backward")
+    if filtering and not kind.normalised:
+        raise ModelError(f"interclass_filtering_threshold reads cosines, and margin '{margin}' has none")
+    if not sharded and world.size > 1 and (sample_rate < 1 or update == "backward"):
+        raise ModelError("sample_rate below 1 and update='backward' need sharded centers: every rank's copy has to get "
+                         "the same update")
+    if update == "backward" and update_rows == "all" and sample_rate < 1:
+        raise ModelError("update_rows='all' moves rows that no backward walk visits: use it with update='step'")
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' embeddings; backward sums what each rank's centers say about this rank's own."""
+
+    @staticmethod
+    def forward(ctx, emb_BD, world):
+        ctx.world = world
+        return world.all_gather(emb_BD.detach())
+
+    @staticmethod
+    def backward(ctx, grad_BD):
+        return ctx.world.reduce_scatter_rows(grad_BD) * ctx.world.size, None

@@ -1,0 +1,275 @@
+"""What a head costs before it is built: bytes on the device and on the host, a step's traffic, its floor in time.
+
+    python -m model.plan --classes 100e6 --embedding_size 512 --world_size 1 --device_memory 139GiB \\
+        --host_memory 112GiB --sample_rate 0.02
+
+prints every form of the state, what fits, and up to how many classes. `check` is for the trainer: it refuses what does
+not fit before anything is allocated.
+
+The bytes are those that `Centers` and the chunked op allocate; the tests hold them to measured peaks. The floor counts
+what has to be done and no overhead: the matrix products at the device's rate, or its memory traffic, or the traffic
+over the host's link, whichever takes longest; the three overlap at best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import re
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+
+from model import ModelError
+from model.centers import STEP_ROWS
+from model.ops.chunked import chunk_rows
+from model.partial_fc import Draw
+from model.tables import bytes_per_row
+from runtime.log import run_command
+from runtime.shard import RowShard
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Form:
+    """How centers and momentum are stored. momentum_dtype None: no momentum."""
+
+    dtype: torch.dtype
+    momentum_dtype: torch.dtype | None
+    momentum_on_host: bool = False
+
+
+# From the most exact to the smallest; docs/scaling.md has what each costs in quality.
+FORMS = {
+    "fp32 + fp32": Form(torch.float32, torch.float32),
+    "fp32 + bf16": Form(torch.float32, torch.bfloat16),
+    "fp32 + int8": Form(torch.float32, torch.int8),
+    "bf16 + bf16": Form(torch.bfloat16, torch.bfloat16),
+    "bf16 + int8": Form(torch.bfloat16, torch.int8),
+    "bf16 + host fp32": Form(torch.bfloat16, torch.float32, momentum_on_host=True),
+    "bf16 + host bf16": Form(torch.bfloat16, torch.bfloat16, momentum_on_host=True),
+    "bf16 + host int8": Form(torch.bfloat16, torch.int8, momentum_on_host=True),
+    "bf16, no momentum": Form(torch.bfloat16, None),
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the floor assumes of a device, per second; a multiply-add counts twice. The defaults are one H200's."""
+
+    operations: float = 790e12
+    memory: float = 4.3e12
+    host_link: float = 50e9
+    network: float = 50e9
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """One rank's share of a head. batch: images of one rank. update, update_rows: as `MarginHead` takes them.
+
+    operand_bytes: of an element of the matrix products' operands on the device (2: half precision policies)."""
+
+    classes: int
+    embedding_size: int = 512
+    world_size: int = 1
+    batch: int = 128
+    sample_rate: float = 1.0
+    form: Form = FORMS["fp32 + fp32"]
+    update: str = "backward"
+    update_rows: str = "drawn"
+    device_type: str = "cuda"
+    operand_bytes: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Of the rank that holds most."""
+        return RowShard.of(self.classes, 0, self.world_size).rows
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch * self.world_size
+
+    @property
+    def drawn(self) -> int:
+        """Rows that take part in a step."""
+        return Draw(self.rows, self.sample_rate, 0, 0).size(self.global_batch) if self.sample_rate < 1 else self.rows
+
+    @property
+    def _weight_row(self) -> int:
+        return bytes_per_row(self.embedding_size, self.form.dtype)
+
+    @property
+    def _momentum_row(self) -> int:
+        return bytes_per_row(self.embedding_size, self.form.momentum_dtype)
+
+    @property
+    def device_state(self) -> int:
+        """Bytes that stay on the device."""
+        return self.rows * (self._weight_row + (0 if self.form.momentum_on_host else self._momentum_row))
+
+    @property
+    def host_state(self) -> int:
+        """Bytes in host memory: momentum, and the pinned copy in which a step's rows travel."""
+        return (self.rows + self.drawn) * self._momentum_row if self.form.momentum_on_host else 0
+
+    @property
+    def device_step(self) -> int:
+        """Most bytes that a step needs on the device beside the state."""
+        width, drawn, batch = self.embedding_size, self.drawn, self.global_batch
+        lasting = 4 * drawn  # inverse norms
+        if drawn < self.rows:
+            lasting += 8 * drawn  # the draw
+        if self.form.momentum_on_host:
+            lasting += drawn * self._momentum_row
+        chunk = chunk_rows(batch, width, self.device_type, drawn)
+        low = self.device_type != "cpu" and self.operand_bytes < 4
+        # two [B, chunk] buffers, the chunk as it is read, as an operand and in float32, its gradient
+        walk = chunk * (4 * 2 * batch + 4 * width * (3 if drawn < self.rows or low else 1))
+        walk += 6 * 4 * batch * width  # embeddings, unit rows, operands, gradient
+        arithmetic = self._arithmetic(min(chunk if self.update == "backward" else STEP_ROWS, drawn))
+        draw = 8 * 8 * drawn if drawn < self.rows else 0  # the permutation's integers, gone before the walk
+        if self.update == "backward":
+            return max(draw, lasting + walk + arithmetic)
+        gradient = 4 * drawn * width
+        step = arithmetic
+        if self.update_rows == "all" and drawn < self.rows:
+            step += 4 * self.rows * width
+        return max(draw, lasting + gradient + max(walk, step))
+
+    def _arithmetic(self, rows) -> int:
+        """Temporaries of SGD on some rows: float32 copies of what is not float32, the rounding's noise."""
+        copies = 0
+        gathered = self.drawn < self.rows
+        for dtype in (self.form.dtype, self.form.momentum_dtype):
+            if dtype is None:
+                continue
+            copies += 1 if gathered or dtype != torch.float32 else 0
+            copies += 3 if dtype != torch.float32 else 0
+        return 4 * rows * self.embedding_size * copies
+
+    @property
+    def device_bytes(self) -> int:
+        return self.device_state + self.device_step
+
+    @property
+    def operations(self) -> float:
+        """Of the matrix products: logits forward, again backward, two for the gradients."""
+        return 4 * 2.0 * self.global_batch * self.drawn * self.embedding_size
+
+    @property
+    def device_traffic(self) -> float:
+        """Bytes of device memory read and written in a step: rows twice, state read and written once more, gradient."""
+        rows = 2 * self._weight_row + self._weight_row + 2 * self._momentum_row
+        if self.update == "step":
+            rows += 2 * 4 * self.embedding_size
+        if self.update_rows == "all" and self.drawn < self.rows:
+            return self.drawn * rows + self.rows * 2 * (self._weight_row + self._momentum_row)
+        return self.drawn * float(rows)
+
+    @property
+    def host_traffic(self) -> float:
+        """Bytes over the host's link in a step, each way."""
+        return float(self.drawn * self._momentum_row) if self.form.momentum_on_host else 0.0
+
+    @property
+    def network_traffic(self) -> float:
+        """Bytes that a rank sends in a step: embeddings gathered, their gradients reduced, a few numbers an image."""
+        if self.world_size == 1:
+            return 0.0
+        share = (self.world_size - 1) / self.world_size
+        return share * 4 * self.global_batch * (2 * self.embedding_size + 2 * 4)
+
+    def seconds(self, rates: Rates = Rates()) -> float:
+        """The floor of a step of the head."""
+        return max(self.operations / rates.operations, self.device_traffic / rates.memory,
+                   self.host_traffic / rates.host_link) + self.network_traffic / rates.network
+
+    def most_classes(self, device_memory: float, host_memory: float) -> int:
+        """How many classes would fit, to three digits."""
+        fits, too_many = self.world_size, None
+        while too_many is None or too_many / fits > 1.001:
+            middle = fits * 2 if too_many is None else math.isqrt(fits * too_many)
+            plan = replace(self, classes=middle)
+            if plan.device_bytes <= device_memory and plan.host_state <= host_memory and middle < 2**40:
+                fits = middle
+            else:
+                too_many = middle
+        return fits
+
+
+def table(plan: HeadPlan, device_memory: float, host_memory: float, rates: Rates = Rates()) -> str:
+    """Every form of the state for that plan, as text. Memory in bytes, of one rank, for the head alone."""
+    lines = [
+        f"{plan.classes:,} classes x {plan.embedding_size} over {plan.world_size} ranks: {plan.rows:,} rows a rank, "
+        f"{plan.drawn:,} drawn a step (sample_rate {plan.sample_rate:g}), batch {plan.batch} a rank; "
+        f"for the head {device_memory / GIB:.1f} GiB on the device, {host_memory / GIB:.1f} GiB on the host",
+        f"{'centers + momentum':<20}{'B/class':>8}{'state GiB':>11}{'step GiB':>10}{'host GiB':>10}{'fits':>6}"
+        f"{'classes that fit':>18}{'memory GB/step':>16}{'link GB/step':>14}{'floor ms':>10}",
+    ]
+    for name, form in FORMS.items():
+        one = replace(plan, form=form)
+        fits = one.device_bytes <= device_memory and one.host_state <= host_memory
+        lines.append(
+            f"{name:<20}{one._weight_row + one._momentum_row:>8}{one.device_state / GIB:>11.2f}"
+            f"{one.device_step / GIB:>10.2f}{one.host_state / GIB:>10.2f}{'yes' if fits else 'no':>6}"
+            f"{one.most_classes(device_memory, host_memory):>18,}{one.device_traffic / 1e9:>16.2f}"
+            f"{one.host_traffic / 1e9:>14.2f}{1e3 * one.seconds(rates):>10.2f}")
+    return "\n".join(lines)
+
+
+def check(plan: HeadPlan, device_memory: float, host_memory: float) -> None:
+    """Raises ModelError, and logs the table, where the plan does not fit into those bytes for the head."""
+    if plan.device_bytes <= device_memory and plan.host_state <= host_memory:
+        return
+    logger.error("%s", table(plan, device_memory, host_memory))
+    fitting = [name for name, form in FORMS.items()
+               if replace(plan, form=form).device_bytes <= device_memory
+               and replace(plan, form=form).host_state <= host_memory]
+    cure = f"store them as {fitting[0]}" if fitting else "use more ranks, or a smaller sample_rate"
+    raise ModelError(f"{plan.classes:,} class centers need {plan.device_bytes / GIB:.1f} GiB on the device "
+                     f"({device_memory / GIB:.1f} are there for them) and {plan.host_state / GIB:.1f} GiB on the host "
+                     f"({host_memory / GIB:.1f} are there): {cure}; python -m model.plan shows every choice")
+
+
+def parse_size(text: str) -> int:
+    """"139GiB", "80G", "512 MB" or a number of bytes -> bytes. Raises ModelError."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    try:
+        number = float(match.group(1))
+    except (AttributeError, ValueError):
+        raise ModelError(f"'{text}' is not a size: write 139GiB, 80GB, or a number of bytes") from None
+    power = "kmgt".index(match.group(2)) + 1 if match.group(2) else 0
+    return int(number * (1024 if match.group(3) else 1000) ** power)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--classes", type=float, required=True, help="how many, such as 100e6")
+    parser.add_argument("--embedding_size", type=int, default=512)
+    parser.add_argument("--world_size", type=int, default=1, help="ranks that share the classes")
+    parser.add_argument("--batch_size", type=int, default=128, help="images of one rank")
+    parser.add_argument("--sample_rate", type=float, default=1.0)
+    parser.add_argument("--update", choices=("step", "backward"), default="backward")
+    parser.add_argument("--device_memory", default="139GiB", help="of one device")
+    parser.add_argument("--host_memory", default="112GiB", help="of one rank's share of its machine")
+    parser.add_argument("--reserve", default="16GiB", help="device memory kept for backbone and activations")
+    for name, value in vars(Rates()).items():
+        parser.add_argument(f"--{name}_rate", type=float, default=value, help="a second, for the floor [%(default)g]")
+    options = parser.parse_args(argv)
+    if options.classes < max(2, options.world_size) or not 0 < options.sample_rate <= 1 or options.embedding_size < 1:
+        raise ModelError("--classes needs at least 2 and one a rank, --sample_rate lies above 0 and at most at 1, "
+                         "--embedding_size is at least 1")
+    plan = HeadPlan(int(options.classes), options.embedding_size, options.world_size, options.batch_size,
+                    options.sample_rate, update=options.update)
+    rates = Rates(**{name: getattr(options, f"{name}_rate") for name in vars(Rates())})
+    device_memory = parse_size(options.device_memory) - parse_size(options.reserve)
+    sys.stdout.write(table(plan, device_memory, parse_size(options.host_memory), rates) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main, expected=(ModelError,))

@@ -1,0 +1,1 @@
+"""The interface of PaddlePaddle's PLSC over this project."""

@@ -1,0 +1,1 @@
+"""The machine: device, ranks, row shards, precision, log. Nothing here knows about faces."""

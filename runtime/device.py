@@ -1,0 +1,635 @@
+"""One value says where a run computes: cpu, cuda or npu. The only file, beside model/ops/, that names their modules.
+
+`python -m runtime.device` prints what this machine has, what is missing for the rest, and how to get it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import platform
+import random
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+
+if __name__ == "__main__":
+    # A recent torch loads torch_npu at `import torch` and dies with a traceback where CANN is missing; as a command
+    # this file has to say that in one line. Other commands have it from runtime.log.run_command.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceError(RuntimeError):
+    """A device that cannot be had or cannot do what was asked; the message is one line with the cure."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A place to compute. Making the value opens nothing; set() makes it the process's current device.
+
+    kind: "cpu" | "cuda" | "npu".   index: which one; always 0 on cpu.
+    """
+
+    kind: str
+    index: int = 0
+
+    def __str__(self) -> str:
+        return str(self.torch)
+
+    @property
+    def _kind(self):
+        return _KINDS[self.kind]
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device("cpu") if self.kind == "cpu" else torch.device(f"{self.kind}:{self.index}")
+
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend that moves this device's tensors: gloo, nccl or hccl."""
+        return self._kind.backend
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of activations [B, C, H, W] that convolutions prefer here."""
+        return self._kind.memory_format
+
+    def set(self) -> None:
+        """Make it the current device; raises DeviceError with the reason where it cannot be opened."""
+        if self.kind == "cpu":
+            _keep_freed_memory()
+            return
+        try:
+            self._kind.api.set_device(self.index)
+        except (RuntimeError, AssertionError) as error:
+            raise DeviceError(f"{self} cannot be opened: {_first_line(error)}") from error
+
+    def synchronize(self) -> None:
+        """Wait until everything queued on the device is done."""
+        self._kind.synchronize(self.index)
+
+    def tune(self, tf32: bool = False, autotune: bool = True) -> None:
+        """tf32: let fp32 matrix products and convolutions drop mantissa bits (TF32 on cuda, HF32 on npu), process-wide.
+        autotune: try convolution algorithms on each new shape and keep the quickest (cudnn); for fixed shapes."""
+        self._kind.tune(tf32, autotune)
+
+    def compiled(self, module):
+        """torch.compile of a module. Raises DeviceError, one line, where this torch or machine cannot compile."""
+        missing = _missing_for_compiling(self)
+        if missing:
+            raise DeviceError(f"static mode (torch.compile) on {self}: {missing}, or leave --static out")
+        return torch.compile(module)
+
+    def seed(self, seed: int) -> None:
+        """Seed Python's, NumPy's, torch's and the device's generators."""
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        self._kind.seed(seed)
+
+    def rng_state(self) -> dict:
+        """The state of all generators that seed() seeds, as tensors: {"python", "numpy", "torch"} and the kind."""
+        _, words, gauss = random.getstate()
+        _, keys, position, has_gauss, cached = np.random.get_state()
+        state = {
+            "python": torch.tensor(words, dtype=torch.int64),
+            "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+            "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+            "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+            "torch": torch.get_rng_state(),
+        }
+        if self.kind != "cpu":
+            state[self.kind] = self._kind.api.get_rng_state(self.torch).cpu()
+        return state
+
+    def set_rng_state(self, state: dict) -> None:
+        """Continue from rng_state(). A state of another kind of device leaves this device's generator as it is."""
+        random.setstate((3, tuple(state["python"].tolist()), next(iter(state["python_gauss"].tolist()), None)))
+        *keys, position, has_gauss = state["numpy"].tolist()
+        np.random.set_state(
+            ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
+        )
+        torch.set_rng_state(state["torch"].cpu())
+        if self.kind in state and self.kind != "cpu":
+            self._kind.api.set_rng_state(state[self.kind].cpu(), self.torch)
+
+    # Memory, in bytes. On cpu: the process's resident set, its peak, and the machine's memory.
+
+    def empty_cache(self) -> None:
+        self._kind.empty_cache()
+
+    def memory_allocated(self) -> int:
+        return self._kind.memory_allocated(self.index)
+
+    def max_memory_allocated(self) -> int:
+        return self._kind.max_memory_allocated(self.index)
+
+    def reset_peak_memory(self) -> None:
+        self._kind.reset_peak_memory(self.index)
+
+    def total_memory(self) -> int:
+        return self._kind.total_memory(self.index)
+
+    # What it can do.
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether a convolutional net can train in that dtype here. The first question tries a tiny convolution."""
+        return dtype.is_floating_point and _has_arithmetic(self, dtype) and self._kind.supports(dtype, self.index)
+
+    def autocast(self, dtype: torch.dtype | None, enabled: bool = True):
+        """A context in which torch chooses `dtype` where it is safe; float32, None or enabled=False switch it off."""
+        enabled = enabled and dtype not in (None, torch.float32)
+        if hasattr(torch, "autocast"):  # torch 1.10
+            return torch.autocast(self.kind, dtype=dtype if enabled else None, enabled=enabled)
+        if not enabled and self.kind == "cpu":
+            return nullcontext()
+        if self.kind == "cpu" or (enabled and dtype != torch.float16):
+            raise DeviceError(f"autocast to {_name(dtype)} on {self.kind} needs torch 1.10 and this is "
+                              f"{torch.__version__}: use O0, or install a newer torch")
+        return self._kind.api.amp.autocast(enabled=enabled)
+
+    def grad_scaler_class(self):
+        """The loss scaler of torch for this device, called as class(init_scale=..., ...); None where there is none."""
+        return self._kind.grad_scaler_class()
+
+    def fused_sgd_class(self):
+        """An SGD class of the device's vendor, or None. Ascend's: fp32 and fp16 parameters only, zero_grad keeps the
+        gradients' memory, and neither parameters nor gradients may be replaced once it exists."""
+        return self._kind.fused_sgd_class()
+
+    def fused_optimizers(self) -> set:
+        """Names of the quick SGDs that work here: "sgd_foreach", "sgd_fused", "npu_fused_sgd"."""
+        names = {f"sgd_{how}" for how in ("foreach", "fused") if _sgd_works(self, how)}
+        return names | ({"npu_fused_sgd"} if self.fused_sgd_class() is not None else set())
+
+    def stream(self):
+        """A new queue of work beside the current one; None where the device has no streams."""
+        return None if self.kind == "cpu" else self._kind.api.Stream(device=self.torch)
+
+    def event(self):
+        """A timing event: record(), synchronize(), elapsed_time(other) in ms; None where there are none."""
+        return None if self.kind == "cpu" else self._kind.api.Event(enable_timing=True)
+
+    def prefetch(self, batches: Iterable, move) -> Iterator:
+        """move(batch) for each batch, one batch ahead on a stream of its own, so that the copy of the next batch
+        runs beside the computation on this one. Copies overlap only from pinned memory with non_blocking=True."""
+        stream = self.stream()
+        if stream is None:
+            yield from map(move, batches)
+            return
+        api = self._kind.api
+        ahead = None
+        for batch in batches:
+            with api.stream(stream):
+                moved = move(batch)
+                done = stream.record_event()
+            if ahead is not None:
+                yield _handed_over(api, *ahead)
+            ahead = moved, done
+        if ahead is not None:
+            yield _handed_over(api, *ahead)
+
+    # For reports.
+
+    def profiler_module(self):
+        """The module whose profile(activities=...) sees this device: torch.profiler or Ascend's counterpart."""
+        return self._kind.profiler()
+
+    def profiler_activities(self) -> list:
+        """What profiler_module().profile() takes as activities: the host's and the device's."""
+        activity = self.profiler_module().ProfilerActivity
+        names = ("CPU", *self._kind.profiler_activities)
+        # torch's own has NPU and PrivateUse1 as two names of one activity
+        return list(dict.fromkeys(getattr(activity, name) for name in names if hasattr(activity, name)))
+
+    def describe(self) -> dict:
+        """{"device", "kind", "name", "count", "memory" (bytes), "machine", "torch", and its toolkit's versions}."""
+        return {
+            "device": str(self),
+            "kind": self.kind,
+            "name": self._kind.name(self.index),
+            "count": device_count(self.kind),
+            "memory": self.total_memory(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            **self._kind.versions(),
+        }
+
+
+def parse_device(text: str = "auto", index: int | None = None) -> Device:
+    """"npu:3", "cuda", "gpu" (cuda), "cpu", "auto" (npu, else cuda, else cpu) -> a Device that is there.
+
+    index: which one, where the text does not say. Raises DeviceError that names the choices, or the reason why the
+    device is unavailable and the cure.
+    """
+    matched = re.fullmatch(r"([a-z]+)(?::(\d+))?", str(text).strip().lower())
+    kind = matched and {"gpu": "cuda"}.get(matched[1], matched[1])
+    if kind not in (*_KINDS, "auto"):
+        raise DeviceError(f"device '{text}': choose from auto, {', '.join(_KINDS)} or gpu, with an index as in npu:3")
+    if matched[2] is not None:
+        index = int(matched[2])
+    if kind == "auto":
+        kind = best_kind()
+    reason = reason_unavailable(kind)
+    if reason:
+        raise DeviceError(f"no {kind} here: {reason}")
+    if kind == "cpu":
+        return Device("cpu")
+    index, count = index or 0, device_count(kind)
+    if not 0 <= index < count:
+        raise DeviceError(f"{kind}:{index} does not exist: this process sees {count} {kind} "
+                          f"device{'s' * (count > 1)}, numbered from 0")
+    return Device(kind, index)
+
+
+def best_kind() -> str:
+    """npu, else cuda, else cpu."""
+    npu_reason = reason_unavailable("npu")
+    if npu_reason and importlib.util.find_spec("torch_npu") is not None:
+        logger.warning("no npu here, which is passed over: %s", npu_reason)  # who installs torch_npu expects one
+    return next(kind for kind in ("npu", "cuda", "cpu") if reason_unavailable(kind) is None)
+
+
+def device_count(kind: str) -> int:
+    """How many devices of that kind this process can use; the cpu counts as one."""
+    return 0 if reason_unavailable(kind) else _KINDS[kind].count()
+
+
+def reason_unavailable(kind: str) -> str | None:
+    """None where the kind can be used, else one line: what is missing and how to get it."""
+    return _KINDS[kind].reason_unavailable()
+
+
+class _Cpu:
+    backend = "gloo"
+    memory_format = torch.contiguous_format
+    profiler_activities = ()
+
+    def reason_unavailable(self):
+        return None
+
+    def count(self):
+        return 1
+
+    def synchronize(self, index):
+        pass
+
+    def seed(self, seed):
+        pass
+
+    def empty_cache(self):
+        pass
+
+    def memory_allocated(self, index):
+        return _proc_status("VmRSS")
+
+    def max_memory_allocated(self, index):
+        return _proc_status("VmHWM")
+
+    def tune(self, tf32, autotune):
+        pass
+
+    def reset_peak_memory(self, index):
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # proc(5): resets the peak resident set size
+        except OSError:
+            pass  # not Linux, or not allowed: the peak is then that of the whole process
+
+    def total_memory(self, index):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def supports(self, dtype, index):
+        return True
+
+    def grad_scaler_class(self):
+        return _scaler_of("cpu")
+
+    def fused_sgd_class(self):
+        return None
+
+    def profiler(self):
+        return torch.profiler
+
+    def name(self, index):
+        try:
+            with open("/proc/cpuinfo") as file:
+                names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        except OSError:
+            names = []
+        return f"{names[0] if names else platform.processor() or platform.machine()}, {_cores()} cores"
+
+    def versions(self):
+        return {}
+
+
+class _Accelerator:
+    """What cuda and npu share: their modules in torch have the same functions."""
+
+    memory_format = torch.contiguous_format
+
+    def count(self):
+        return self.api.device_count()
+
+    def synchronize(self, index):
+        self.api.synchronize(index)
+
+    def seed(self, seed):
+        self.api.manual_seed_all(seed)
+
+    def empty_cache(self):
+        self.api.empty_cache()
+
+    def memory_allocated(self, index):
+        return self.api.memory_allocated(index)
+
+    def max_memory_allocated(self, index):
+        return self.api.max_memory_allocated(index)
+
+    def reset_peak_memory(self, index):
+        self.api.reset_peak_memory_stats(index)
+
+    def total_memory(self, index):
+        return self.api.get_device_properties(index).total_memory
+
+    def name(self, index):
+        return self.api.get_device_name(index)
+
+
+class _Cuda(_Accelerator):
+    backend = "nccl"
+    profiler_activities = ("CUDA",)
+
+    @property
+    def api(self):
+        return torch.cuda
+
+    def tune(self, tf32, autotune):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = autotune
+
+    def reason_unavailable(self):
+        if not torch.backends.cuda.is_built():
+            return f"torch {torch.__version__} is a build without CUDA; install one with it (pip install torch)"
+        if torch.cuda.device_count() == 0:
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+            if hidden is not None:
+                return f"CUDA_VISIBLE_DEVICES='{hidden}' leaves no GPU visible; unset it or name one"
+            return "torch sees no GPU; install the NVIDIA driver and see that nvidia-smi lists a GPU"
+        if not torch.cuda.is_available():
+            return f"the driver is too old for the CUDA {torch.version.cuda} of this torch; update the driver"
+        return None
+
+    def supports(self, dtype, index):
+        # Older cards emulate bfloat16, slower than float32: not what somebody who asks for it wants.
+        return dtype != torch.bfloat16 or bool(torch.version.hip) or self.api.get_device_capability(index)[0] >= 8
+
+    def grad_scaler_class(self):
+        return _scaler_of("cuda") or self.api.amp.GradScaler
+
+    def fused_sgd_class(self):
+        return None
+
+    def profiler(self):
+        return torch.profiler
+
+    def versions(self):
+        versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        return {**versions, "driver": getattr(torch.version, "hip", None)} if torch.version.hip else versions
+
+
+class _Npu(_Accelerator):
+    backend = "hccl"
+    profiler_activities = ("NPU", "PrivateUse1")
+
+    @property
+    def api(self):
+        return torch.npu
+
+    def tune(self, tf32, autotune):
+        for products in ("matmul", "conv"):  # torch_npu 2.x; older ones have no such switch
+            if hasattr(getattr(self.api, products, None), "allow_hf32"):
+                getattr(self.api, products).allow_hf32 = tf32
+
+    def reason_unavailable(self):
+        reason = _load_torch_npu()
+        if reason:
+            return reason
+        if not torch.npu.is_available() or torch.npu.device_count() == 0:
+            return ("torch_npu is installed but sees no device; check `npu-smi info`, ASCEND_RT_VISIBLE_DEVICES, "
+                    "and that this user belongs to the driver's group (HwHiAiUser)")
+        return None
+
+    def supports(self, dtype, index):
+        bf16 = getattr(self.api, "is_bf16_supported", lambda: False)
+        return dtype != torch.bfloat16 or bool(bf16())
+
+    def grad_scaler_class(self):
+        # Ascend's own first: it also clears the overflow flag of chips whose fp16 saturates instead of giving inf.
+        own = getattr(getattr(self.api, "amp", None), "GradScaler", None)
+        return own or _scaler_of("npu")
+
+    def fused_sgd_class(self):
+        return getattr(getattr(sys.modules.get("torch_npu"), "optim", None), "NpuFusedSGD", None)
+
+    def profiler(self):
+        return getattr(sys.modules.get("torch_npu"), "profiler", torch.profiler)
+
+    def versions(self):
+        return {"torch_npu": getattr(sys.modules.get("torch_npu"), "__version__", None), "cann": _cann_version()}
+
+
+_KINDS = {"cpu": _Cpu(), "cuda": _Cuda(), "npu": _Npu()}
+
+
+@functools.cache
+def _load_torch_npu() -> str | None:
+    """Import torch_npu once; None where torch.npu is there afterwards, else the reason in one line."""
+    if hasattr(torch, "npu"):
+        return None
+    if "torch_npu" not in sys.modules and importlib.util.find_spec("torch_npu") is None:
+        version = torch.__version__.split("+")[0]
+        return f"torch_npu is not installed; on an Ascend machine with CANN: pip install torch_npu=={version}"
+    try:
+        importlib.import_module("torch_npu")
+    except Exception as error:  # ImportError of CANN's libraries, RuntimeError beside another accelerator, and more
+        return (f"torch_npu is installed but does not load ({_first_line(error)}); install CANN and "
+                "`source test/env_npu.sh` before the command")
+    return None if hasattr(torch, "npu") else "torch_npu loads but brings no torch.npu; install the one for this torch"
+
+
+def _scaler_of(kind):
+    """torch.amp.GradScaler (torch 2.3) bound to a kind of device, None on older torch."""
+    scaler = getattr(torch.amp, "GradScaler", None) if hasattr(torch, "amp") else None
+    return functools.partial(scaler, kind) if scaler else None
+
+
+@functools.cache
+@torch.no_grad()
+def _has_arithmetic(device: Device, dtype: torch.dtype) -> bool:
+    """Whether convolution and matrix product exist there in that dtype. Without backward(): torch 1.8 may hang where
+    the process ends right after its first one."""
+    try:
+        images = torch.ones(2, 3, 8, 8, device=device.torch, dtype=dtype)
+        kernel = torch.ones(4, 3, 3, 3, device=device.torch, dtype=dtype)
+        features_B4 = torch.nn.functional.conv2d(images, kernel).mean((2, 3))
+        return bool((features_B4 @ features_B4.t() > 0).all())
+    except (RuntimeError, TypeError):
+        return False
+
+
+@functools.cache
+def _sgd_works(device: Device, how: str) -> bool:
+    """Whether torch's SGD(foreach=True or fused=True) exists in this torch and steps on this device."""
+    try:
+        weight = torch.ones(4, device=device.torch, requires_grad=True)
+        weight.grad = torch.ones_like(weight)
+        torch.optim.SGD([weight], lr=0.5, momentum=0.9, **{how: True}).step()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool((weight == 0.5).all())
+
+
+def _handed_over(api, moved, done):
+    """The batch, after the current stream was told to wait for its copy; its memory is not reused before use."""
+    current = api.current_stream()
+    current.wait_event(done)
+    for tensor in _tensors(moved):
+        tensor.record_stream(current)
+    return moved
+
+
+def _tensors(batch):
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, (tuple, list)):
+        for part in batch:
+            yield from _tensors(part)
+
+
+def _missing_for_compiling(device: Device) -> str | None:
+    """What torch.compile lacks for this device and how to get it; None where it can be tried."""
+    if not hasattr(torch, "compile"):
+        return f"it needs torch 2.0 or newer, and this is {torch.__version__}; install one"
+    if device.kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        return "there is no C++ compiler (g++, clang++ or $CXX); install one"
+    if device.kind == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install triton"
+    if device.kind == "npu" and importlib.util.find_spec("torchair") is None \
+            and importlib.util.find_spec("torch_npu._inductor") is None:
+        return "this torch_npu has no graph compiler; install a newer torch_npu"
+    return None
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep the memory that tensors give up instead of handing each big block back to the system.
+
+    Otherwise every step has its activations' pages zeroed anew, half of a MobileFaceNet step's time at batch 64
+    (benchmark/step_cpu.py). Where the C library has no such switch, nothing changes.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)'s parameters in glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 << 20)
+
+
+def _proc_status(field: str) -> int:
+    """A size from /proc/self/status in bytes; elsewhere than on Linux the peak that getrusage knows."""
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(field + ":")) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cann_version() -> str | None:
+    """The version that CANN's toolkit states beside its libraries."""
+    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    for name in ("version.cfg", "ascend_toolkit_install.info", "version.info"):
+        try:
+            with open(os.path.join(home or "", name)) as file:
+                found = re.search(r"version\w*\s*=\s*\[?([\w.:]+)", file.read(), re.IGNORECASE)
+        except OSError:
+            continue
+        if found:
+            return found[1]
+    return None
+
+
+def _name(dtype) -> str:
+    return str(dtype).replace("torch.", "")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def check_ranks(device: Device, ranks: int) -> None:
+    """Raises DeviceError where this machine has no device for each of its ranks, of which `device` is the first one's.
+    The cpu takes any number of ranks."""
+    have = device_count(device.kind) - device.index
+    if device.kind != "cpu" and ranks > have:
+        after = f" from {device} on" if device.index else ""
+        raise DeviceError(f"{ranks} ranks on this machine, but {have} {device.kind} device{'s' * (have != 1)}{after}: "
+                          f"start with RANK_SIZE={have}, or with --device_type=cpu")
+
+
+def main() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(description="What this machine can compute on, and what is missing for the rest.")
+    parser.add_argument("device", nargs="?", help="print only the kind of this device (auto: of the best one), or fail")
+    parser.add_argument("--index", type=int, help="number of the device, where its name does not say")
+    parser.add_argument("--ranks", type=int, default=1, help="and fail unless so many ranks have a device each")
+    arguments = parser.parse_args()
+    if arguments.device:
+        device = parse_device(arguments.device, arguments.index)
+        check_ranks(device, arguments.ranks)
+        print(device.kind)
+        return
+    print(f"torch {torch.__version__}, Python {platform.python_version()}")
+    for kind in _KINDS:
+        print(f"{kind}: {_summary(kind)}")
+
+
+def _summary(kind: str) -> str:
+    reason = reason_unavailable(kind)
+    if reason:
+        return f"not here: {reason}"
+    device = Device(kind)
+    facts = device.describe()
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("cuda", "cudnn", "torch_npu", "cann") if facts.get(name))
+    dtypes = ", ".join(_name(t) for t in (torch.float16, torch.bfloat16) if device.supports(t)) or "neither"
+    return (f"{facts['count']} x {facts['name']}, {facts['memory'] / 2**30:.0f} GiB"
+            f"{', ' + versions if versions else ''}; half precision: {dtypes}; ranks talk over {device.backend}")
+
+
+if __name__ == "__main__":
+    from runtime.log import run_command
+
+    run_command(main, expected=(DeviceError,))

@@ -1,0 +1,306 @@
+"""Ranks: the process group, and the few collectives that the project uses."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.rendezvous import rendezvous
+
+from runtime.device import Device, DeviceError, check_ranks
+
+
+class RankError(DeviceError):
+    """A rank died, hung or stopped with an error: the message names it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks that train together. One rank is not special: every method is then a correct no-op.
+
+    group: what torch.distributed calls the process group, over `device`'s backend; None at size 1.
+    host_group: a gloo group over the same ranks for objects and barriers (the same as `group` on cpu).
+    device: where the tensors of collectives live.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    group: object = None
+    device: torch.device = torch.device("cpu")
+    host_group: object = None
+    timeout_s: float = 600.0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce_(self, t: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Sum, max or min over the ranks, in place. op: "sum" | "max" | "min"."""
+        if op not in _REDUCE:
+            raise ValueError(f"op '{op}': choose from {', '.join(_REDUCE)}")
+        if self.size > 1 and t.numel():  # gloo of torch 1.8 crashes on empty tensors
+            dist.all_reduce(t, op=_REDUCE[op](), group=self.group)
+        return t
+
+    def all_gather(self, t_BD: torch.Tensor) -> torch.Tensor:
+        """[B, ...] on each rank, the same B everywhere -> [size * B, ...] in rank order."""
+        if self.size == 1:
+            return t_BD
+        t_BD = t_BD.contiguous()
+        out = t_BD.new_empty((self.size * t_BD.shape[0], *t_BD.shape[1:]))
+        if out.numel() == 0:
+            return out
+        gather = _one_tensor("all_gather_single", "all_gather_into_tensor")
+        if gather is not None:
+            gather(out, t_BD, group=self.group)
+        else:
+            dist.all_gather(list(out.chunk(self.size)), t_BD, group=self.group)
+        return out
+
+    def gather_rows(self, t: torch.Tensor, counts) -> torch.Tensor:
+        """[counts[rank], ...] on each rank -> [sum(counts), ...] in rank order, on every rank."""
+        counts = [int(n) for n in counts]
+        if len(counts) != self.size or counts[self.rank] != t.shape[0]:
+            raise ValueError(f"rank {self.rank} holds {t.shape[0]} rows; counts say {counts} for {self.size} ranks")
+        if self.size == 1:
+            return t
+        most = max(counts)
+        padded = t.new_zeros((most, *t.shape[1:]))
+        padded[: t.shape[0]] = t
+        gathered = self.all_gather(padded)
+        return torch.cat([gathered[r * most : r * most + n] for r, n in enumerate(counts)])
+
+    def reduce_scatter_rows(self, t: torch.Tensor) -> torch.Tensor:
+        """[size * B, ...] on each rank -> this rank's [B, ...] of the sum over ranks."""
+        if self.size == 1:
+            return t
+        if t.shape[0] % self.size:
+            raise ValueError(f"{t.shape[0]} rows do not divide among {self.size} ranks")
+        rows = t.shape[0] // self.size
+        scatter = _one_tensor("reduce_scatter_single", "reduce_scatter_tensor")
+        if scatter is not None and self.device.type != "cpu":  # gloo has none in most versions of torch
+            out = t.new_empty((rows, *t.shape[1:]))
+            scatter(out, t.contiguous(), group=self.group)
+            return out
+        summed = self.all_reduce_(t.clone(memory_format=torch.contiguous_format))
+        return summed[self.rank * rows : (self.rank + 1) * rows].clone()
+
+    def broadcast_(self, t: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """The tensor of rank src, on every rank, in place."""
+        if self.size > 1:
+            dist.broadcast(t, src, group=self.group)
+        return t
+
+    def all_gather_object(self, obj) -> list:
+        """Small picklable objects of all ranks, in rank order. Not for tensors: they have all_gather."""
+        if self.size == 1:
+            return [obj]
+        objects = [None] * self.size
+        dist.all_gather_object(objects, obj, group=self.host_group)
+        return objects
+
+    def barrier(self) -> None:
+        """Wait for all ranks on the host; a rank that does not come within the timeout is named on rank 0."""
+        if self.size > 1:
+            if hasattr(dist, "monitored_barrier"):  # torch 1.9
+                # Shorter than the timeout of the device's collectives: nccl aborts the process without naming anybody.
+                dist.monitored_barrier(self.host_group, timedelta(seconds=0.75 * self.timeout_s))
+            else:
+                dist.barrier(self.host_group)
+
+
+# looked up late: torch built without distributed has no ReduceOp
+_REDUCE = {"sum": lambda: dist.ReduceOp.SUM, "max": lambda: dist.ReduceOp.MAX, "min": lambda: dist.ReduceOp.MIN}
+
+ALONE = World()
+
+
+def _one_tensor(*names):
+    """torch's collective over one tensor under the newest name that this torch has; None before torch 1.13."""
+    return next((getattr(dist, name) for name in names if hasattr(dist, name)), None)
+
+
+def world_env() -> dict:
+    """rank, size, local_rank and local_size as torchrun's variables say; one rank where there are none."""
+    variables = {"rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
+    defaults = {"rank": 0, "size": 1, "local_rank": 0, "local_size": 1}
+    values = {}
+    for name, variable in variables.items():
+        text = os.environ.get(variable, "")
+        if text and not re.fullmatch(r"\d+", text):
+            raise DeviceError(f"{variable}='{text}' is not a number: start the ranks with torchrun or test/*.sh")
+        values[name] = int(text) if text else defaults[name]
+    if "LOCAL_RANK" not in os.environ:
+        values["local_rank"] = values["rank"]
+    if "LOCAL_WORLD_SIZE" not in os.environ:  # torch.distributed.launch of torch 1.8 does not set it
+        values["local_size"] = values["size"]
+    if values["rank"] >= max(values["size"], 1):
+        raise DeviceError(f"RANK={values['rank']} does not exist among WORLD_SIZE={values['size']} ranks")
+    return values
+
+
+@contextmanager
+def open_world(device: Device, timeout_s: float = 600, backend: str | None = None) -> Iterator[World]:
+    """The world that torchrun's variables describe; opens and closes the process group only if WORLD_SIZE > 1.
+
+    timeout_s: how long a rank waits for the others. After it, or at once where a rank's connection breaks, the
+    waiting ranks leave with a RankError that names the rank that died, hung or stopped, and why if it could say.
+    backend: only the device's own works; None takes it.
+    Raises DeviceError where ranks, device and backend do not fit together.
+    """
+    env = world_env()
+    _check(device, env, backend or device.backend)
+    if env["size"] == 1:
+        yield World(device=device.torch)
+        return
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(device.backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        host_group = dist.group.WORLD if device.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        world = World(**env, group=dist.group.WORLD, device=device.torch, host_group=host_group, timeout_s=timeout_s)
+        # nccl and hccl connect at the first collective: what they have to complain of belongs here.
+        world.all_reduce_(torch.ones(1, device=device.torch))
+    except (RuntimeError, ValueError) as error:
+        raise RankError(f"rank {env['rank']} found no world of {env['size']} ranks within {timeout_s:g} s "
+                        f"({error}): are all ranks started, and MASTER_ADDR and MASTER_PORT the same?") from error
+    roll = _Roll(store, rank, size)
+    finished = False
+    try:
+        yield world
+        world.barrier()  # nobody tears the group down under a rank that still works
+        finished = True
+    except BaseException as error:
+        if not _is_lost_peer(error):
+            roll.stopped(error)
+            raise
+        raise RankError(roll.explain(error)) from error
+    finally:
+        roll.close()
+        # nccl and hccl may wait there for collectives that never end; the process's own end cuts those off.
+        if finished or device.backend == "gloo":
+            dist.destroy_process_group()
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed, so that the cause lies with another rank. torch's older versions have no class for
+    it, only gloo's, nccl's and hccl's words."""
+    words = r"gloo|nccl|hccl|monitoredBarrier|connection (closed|reset|refused)|broken pipe|time(d )? ?out"
+    return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
+
+
+class _Roll:
+    """Says which rank is to blame when a collective fails, which torch itself mostly cannot.
+
+    Every rank counts up a number of its own in the store once a second: one that stands still belongs to a dead or
+    frozen process. A rank that leaves because of an error of its own leaves the reason, one whose collective failed
+    signs that it waited. So there is a reason, or those who did not sign died (no heartbeat) or hang (heartbeat).
+    """
+
+    BEAT_S = 1.0
+    PATIENCE_S = 4.0  # for the others to notice the same, and for a heart to be missed
+
+    def __init__(self, store, rank, size):
+        self.store, self.rank, self.size = store, rank, size
+        self._lock = threading.Lock()  # torch 1.8's store is not safe to use from two threads
+        self._closed = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="rank's heartbeat", daemon=True)
+        self._beating.start()
+
+    def _count(self, key, more=0) -> int:
+        with self._lock:
+            return self.store.add(key, more)
+
+    def _beat(self):
+        try:
+            while not self._closed.wait(self.BEAT_S):
+                self._count(f"beat/{self.rank}", 1)
+        except RuntimeError:
+            pass  # the store went away with the rank that kept it: the collectives report that
+
+    def close(self):
+        self._closed.set()
+        self._beating.join(self.PATIENCE_S)  # not for ever: the store may have died in the middle of an answer
+
+    def stopped(self, error: BaseException) -> None:
+        """Leave a reason for the others."""
+        try:
+            if self._count("stopped", 1) == 1:  # what the first has to say; the later ones may only follow from it
+                with self._lock:
+                    said = " ".join(str(error).split())[:500]
+                    self.store.set("reason", f"rank {self.rank} stopped: {type(error).__name__}: {said}")
+        except RuntimeError:
+            pass  # as above
+
+    def explain(self, error: BaseException) -> str:
+        """Why a collective failed, in one line."""
+        try:
+            blame = self._blame()
+            self._leave()
+        except RuntimeError:
+            blame = "rank 0 died, and with it the store in which ranks meet"
+        said = " ".join(str(error).split()).split(". ")[0]
+        return blame if " stopped: " in blame else f"{blame} (of {self.size} ranks; the collective said: {said[:200]})"
+
+    def _blame(self) -> str:
+        others = [r for r in range(self.size) if r != self.rank]
+        before = {r: self._count(f"beat/{r}") for r in others}
+        self._count(f"waited/{self.rank}", 1)
+        self._count("waited", 1)
+        end = time.monotonic() + self.PATIENCE_S
+        while time.monotonic() < end:
+            if self._count("stopped"):
+                with self._lock:
+                    return self.store.get("reason").decode()
+            time.sleep(0.1)
+        silent = [r for r in others if not self._count(f"waited/{r}")]
+        dead = [r for r in silent if self._count(f"beat/{r}") == before[r]]
+        if not silent:
+            return "every rank waits, but not all at the same place: they took different ways through the program"
+        return f"rank {', '.join(map(str, dead or silent))} {'died or froze' if dead else 'hangs'}: see its log"
+
+    def _leave(self):
+        """Rank 0 lets those that waited leave before it, because the store may live in its process."""
+        self._count("left", 1)
+        end = time.monotonic() + self.PATIENCE_S
+        while self.rank == 0 and self._count("left") < self._count("waited") and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def wrap_data_parallel(module: nn.Module, world: World, **kw) -> nn.Module:
+    """The module in DistributedDataParallel where there are several ranks: gradients are means over the ranks."""
+    if world.size == 1:
+        return module
+    known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+    options = {
+        # Buffers are batch norm's running statistics. Broadcasting rank 0's before every forward costs a collective
+        # a step and throws the other ranks' away; who verifies or saves averages them then.
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False,
+        # Saves a copy of all gradients. Ascend's fused SGD lays them out in memory of its own instead.
+        "gradient_as_bucket_view": world.device.type != "npu",
+        "process_group": world.group,
+    }
+    if world.device.type != "cpu":
+        options["device_ids"] = [world.device.index]
+    return nn.parallel.DistributedDataParallel(module, **{**options, **kw})
+
+
+def _check(device: Device, env: dict, backend: str) -> None:
+    if backend != device.backend:
+        raise DeviceError(f"{backend} cannot move {device.kind} tensors: leave the backend out, or choose "
+                          f"{device.backend}")
+    check_ranks(Device(device.kind), env["local_size"])
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise DeviceError(f"torch {torch.__version__} is built without nccl: install a build with it, or use one rank")

@@ -1,0 +1,160 @@
+"""What a run says: one error line for a command that fails, plain log lines, and numbers as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks; the class name where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run_command(main, expected=()) -> None:
+    """Run a command's main() and leave the process with its status.
+
+    expected: exception classes that a user can cause, or a function that imports and returns them. Each ends as
+    `error: <one line>` on stderr and status 1; any other exception keeps its traceback, because it is a bug of ours.
+    Ctrl-C ends with 130, as in a shell.
+
+    main should import torch itself or through what it imports: a recent torch loads torch_npu at `import torch`
+    and dies with a traceback where CANN is missing. Switched off here, runtime.device imports it when asked for.
+    """
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        status = 130
+    except tuple(expected() if callable(expected) else expected) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.exit(status or 0)
+
+
+def setup_logging(rank: int = 0, size: int = 1, level: int = logging.INFO, stream=None) -> None:
+    """Plain lines on stderr; with several ranks each line begins with the rank, and others than 0 only warn."""
+    prefix = f"[rank {rank}] " if size > 1 else ""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    logging.getLogger("torch").setLevel(logging.WARNING)  # its process groups tell every step of their making
+
+
+class RunLog:
+    """metrics.jsonl (and tensorboard's files beside it) of one run; writes on rank 0 only.
+
+    folder: made if it does not exist; lines are appended, so a resumed run continues its file.
+    config: plain values, written with the `run` line.
+    """
+
+    def __init__(self, folder, world, config: dict, tensorboard: bool = True):
+        self.folder = Path(folder)
+        self.world = world
+        self.config = dict(config)
+        self._file = self._board = None
+        if not world.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+        self._file = open(path, "a", encoding="utf-8")
+        if torn:  # the run before was killed in the middle of a line: do not glue ours to it
+            self._file.write("\n")
+        if tensorboard:
+            self._board = _summary_writer(self.folder / "tensorboard")
+
+    def record(self, kind: str, **values) -> None:
+        """Append one line {"kind", "time", ...values}. Values: plain numbers, strings, lists, dicts, and tensors or
+        numpy arrays, which are fetched from their device here and only on rank 0. Not finite numbers become null.
+        A `run` line gets world_size, config, versions and commit by itself."""
+        if self._file is None:
+            return
+        line = {"kind": kind, "time": time.time()}
+        if kind == "run":
+            line.update(world_size=self.world.size, config=self.config, versions=versions(), commit=commit())
+        line.update(values)
+        self._file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def scalar(self, name: str, value, step: int) -> None:
+        if self._board is not None:
+            self._board.add_scalar(name, float(value), step)
+
+    def figure(self, name: str, make, step: int) -> None:
+        """make: returns a matplotlib figure; called only where there is a board to pin it on, and matplotlib."""
+        if self._board is not None:
+            try:
+                self._board.add_figure(name, make(), step)
+            except ImportError as error:
+                logger.info("no picture of %s: %s", name, error)
+
+    def close(self) -> None:
+        for sink in (self._file, self._board):
+            if sink is not None:
+                sink.close()
+        self._file = self._board = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def plain(value):
+    """value as JSON can hold it: tensors, arrays and paths converted, not finite numbers as None."""
+    if hasattr(value, "tolist"):  # tensors, numpy arrays and numpy's scalars
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    return str(value)
+
+
+def versions() -> dict:
+    import numpy
+    import torch
+
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__}
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a + where files differ from it; None outside of git."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10,
+                              check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _summary_writer(folder: Path):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        logger.info("tensorboardX is not installed: scalars go to metrics.jsonl only")
+        return None
+    return SummaryWriter(str(folder))

@@ -1,0 +1,37 @@
+"""What every test has: the project on the path, one thread per process, and ../shared where it exists."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Before torch is imported, here and in every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "test", ROOT):  # pytest's own setting does this too, where it finds pyproject.toml
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the project with real data and golden files."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no folder 'shared' beside the project: its real data and golden files are not here")
+    return folder

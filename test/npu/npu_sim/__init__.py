@@ -1,0 +1,47 @@
+"""An emulated Ascend device for tests: after `install()` there are torch.device("npu:0"), torch.npu, Tensor.npu(),
+autocast("npu"), checkpoints mapped to "npu:0" and the distributed backend "hccl"; all of it in host memory.
+
+What shows in it: a tensor that was not moved, a hard-coded cuda, memory that nobody filled (fresh memory is NaN), an
+operator that an out-of-tree device may lack, a device touched in a forked worker, a float64 matrix product. What does
+not: stream races, private formats, the NPU's own rounding and speed.
+
+A process can have one such device and cannot drop it, and it must come before the process's first backward(): run what
+uses it in processes of its own. Environment variables: see npu_sim.cpp, and NPU_SIM_NAME, NPU_SIM_BF16 in npu.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import build, no_cuda
+
+
+def install() -> None:
+    """Load the device, once a process. Raises build.Unavailable, one line, where it cannot be built or loaded."""
+    if hasattr(torch, "npu"):
+        return
+    torch.ops.load_library(str(build.library()))
+    torch.ops.npu_sim.init()
+    torch.utils.rename_privateuse1_backend("npu")
+    from . import npu
+
+    torch._register_device_module("npu", npu)
+    torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
+    if torch.distributed.is_available():
+        from . import hccl
+
+        hccl.register()
+    no_cuda.forbid()
+
+
+def operators() -> dict[str, set[str]]:
+    """{operator: dtypes of its first npu argument} of what was called since the last forget_operators()."""
+    called: dict[str, set[str]] = {}
+    for line in torch.ops.npu_sim.calls():
+        name, dtype, _ = line.split()
+        called.setdefault(name, set()).add(dtype)
+    return called
+
+
+def forget_operators() -> None:
+    torch.ops.npu_sim.clear_calls()

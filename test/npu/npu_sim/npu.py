@@ -1,0 +1,203 @@
+"""What becomes torch.npu: the functions of torch_npu 2.x that a portable program needs, under their names.
+
+NPU_SIM_NAME (Ascend910B3) is the device's name, NPU_SIM_BF16=0 a chip without bfloat16 (the 910 before B).
+"""
+
+from __future__ import annotations
+
+import os
+import types
+
+import torch
+
+from . import amp  # noqa: F401  (torch.npu.amp)
+
+_ops = torch.ops.npu_sim
+_initialized = False
+_forked = False
+
+set_stream = torch.accelerator.set_stream
+
+
+def _index(device=None) -> int:
+    if device is None:
+        return _ops.current_device()
+    if isinstance(device, int):
+        return device
+    device = torch.device(device)
+    if device.type != "npu":
+        raise ValueError(f"Expected a npu device, but got: {device}")
+    return _ops.current_device() if device.index is None else device.index
+
+
+# Life of the device: it opens at the first use, and not again in a fork of a process that has used it.
+
+
+def init() -> None:
+    global _initialized
+    if _forked:
+        raise RuntimeError("Cannot re-initialize NPU in forked subprocess. To use NPU with multiprocessing, you must "
+                           "use the 'spawn' start method")
+    _initialized = True
+
+
+_lazy_init = init
+
+
+def _after_fork() -> None:
+    global _initialized, _forked
+    _initialized, _forked = False, _initialized or _forked
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def is_initialized() -> bool:
+    return _initialized
+
+
+def _is_in_bad_fork() -> bool:
+    return _forked
+
+
+def is_available() -> bool:
+    return device_count() > 0
+
+
+def device_count() -> int:
+    return _ops.device_count()
+
+
+def current_device() -> int:
+    init()
+    return _ops.current_device()
+
+
+def set_device(device) -> None:
+    init()
+    _ops.set_device(_index(device))
+
+
+def synchronize(device=None) -> None:
+    init()
+    torch.accelerator.synchronize(_index(device))
+
+
+class device:
+    """Context: another current device."""
+
+    def __init__(self, device):
+        self.index = _index(device)
+
+    def __enter__(self):
+        self.before = _ops.current_device()
+        _ops.set_device(self.index)
+
+    def __exit__(self, *exception):
+        _ops.set_device(self.before)
+
+
+# Streams and events.
+
+
+class Stream(torch.Stream):
+    def __new__(cls, device=None, priority=0, **kw):
+        return super().__new__(cls, device=f"npu:{_index(device)}", priority=priority, **kw)
+
+
+def Event(enable_timing=False, blocking=False, interprocess=False):
+    return torch.Event(device="npu", enable_timing=enable_timing)  # its elapsed_time() takes no subclass
+
+
+def current_stream(device=None):
+    return torch.accelerator.current_stream(_index(device))
+
+
+class stream:
+    """Context: another current stream."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        if self.stream is not None:
+            self.before = torch.accelerator.current_stream(self.stream.device)
+            torch.accelerator.set_stream(self.stream)
+
+    def __exit__(self, *exception):
+        if self.stream is not None:
+            torch.accelerator.set_stream(self.before)
+
+
+# Random numbers.
+
+
+def _generator(device=None):
+    return _ops.default_generator(_index(device))
+
+
+def manual_seed(seed) -> None:
+    _generator().manual_seed(int(seed))
+
+
+def manual_seed_all(seed) -> None:
+    for index in range(device_count()):
+        _generator(index).manual_seed(int(seed))
+
+
+def initial_seed() -> int:
+    return _generator().initial_seed()
+
+
+def get_rng_state(device="npu"):
+    return _generator(device).get_state()
+
+
+def set_rng_state(state, device="npu") -> None:
+    _generator(device).set_state(state)
+
+
+# Memory, in bytes.
+
+
+def memory_allocated(device=None) -> int:
+    return _ops.memory(_index(device))
+
+
+def max_memory_allocated(device=None) -> int:
+    return _ops.peak_memory(_index(device))
+
+
+def reset_peak_memory_stats(device=None) -> None:
+    _ops.reset_peak_memory(_index(device))
+
+
+def mem_get_info(device=None) -> tuple[int, int]:
+    return _ops.total_memory() - memory_allocated(device), _ops.total_memory()
+
+
+def empty_cache() -> None:
+    pass
+
+
+# What the device is and can.
+
+
+def get_device_name(device=None) -> str:
+    return os.environ.get("NPU_SIM_NAME", "Ascend910B3")
+
+
+def get_device_properties(device=None):
+    return types.SimpleNamespace(name=get_device_name(device), total_memory=_ops.total_memory())
+
+
+def get_amp_supported_dtype() -> list:
+    return [torch.float16, torch.bfloat16, torch.float32]
+
+
+def is_bf16_supported() -> bool:
+    return os.environ.get("NPU_SIM_BF16", "1") != "0"
+
+
+def set_compile_mode(jit_compile=False) -> None:
+    pass

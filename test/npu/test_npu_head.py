@@ -1,0 +1,70 @@
+"""The head on the emulated NPU is the head on the CPU, bit for bit, in every form of its state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.head import MarginHead
+
+pytestmark = pytest.mark.npu
+
+CASES = {
+    "plain": {},
+    "reference": dict(op="reference"),
+    "inside backward": dict(update="backward"),
+    "drawn": dict(sample_rate=0.2),
+    "drawn, dense optimizer": dict(sample_rate=0.3, update_rows="all"),
+    "adaface": dict(margin="adaface"),
+    "softmax with bias": dict(margin="linear_softmax"),
+    "filtered": dict(interclass_filtering_threshold=0.3),
+    "bf16": dict(dtype=torch.bfloat16),
+    "bf16 + int8": dict(dtype=torch.bfloat16, momentum_dtype=torch.int8, sample_rate=0.3, update="backward"),
+    "momentum on the host": dict(momentum_on_host=True, sample_rate=0.3),
+    "fp16 + host bf16": dict(dtype=torch.float16, momentum_dtype=torch.bfloat16, momentum_on_host=True),
+}
+
+
+def train(device, emb_dtype=torch.float32, scale=1.0, **kw):
+    head = MarginHead(300, 16, device=device, top5=True, **kw)
+    history = []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        emb_BD = torch.randn(8, 16, generator=generator).to(device=device, dtype=emb_dtype).requires_grad_()
+        label_B = torch.randint(300, (8,), generator=generator).to(device)
+        head.prepare(label_B)
+        head.set_lr(0.1, 1 / scale)
+        out = head(emb_BD, label_B)
+        (out.loss * scale).backward()
+        head.step(0.1, 1 / scale, head.found_inf())
+        history.append((float(out.loss), int(out.correct), int(out.correct_top5)))
+    return history, head.centers.weight.cpu(), emb_BD.grad.cpu()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_on_the_cpu(name):
+    here, there = train(torch.device("cpu"), **CASES[name]), train(torch.device("npu:0"), **CASES[name])
+    assert here[0] == there[0]
+    assert torch.equal(here[1], there[1]) and torch.equal(here[2], there[2])
+
+
+@pytest.mark.parametrize("scale", [1.0, 4096.0])
+def test_half_precision_operands(scale):
+    """float16 products, as the NPU gives them: within their rounding of the exact ones, and no overflow when scaled."""
+    exact = train(torch.device("cpu"), torch.float16, scale)
+    low = train(torch.device("npu:0"), torch.float16, scale)
+    for (loss, *_), (loss_low, *_) in zip(exact[0], low[0]):
+        assert abs(loss - loss_low) < 64 * 2.0**-10
+    assert torch.isfinite(low[2]).all() and (exact[1] - low[1]).abs().max() < 0.02
+
+
+def test_a_bad_batch_moves_nothing_without_asking_the_host():
+    for update in ("step", "backward"):
+        head = MarginHead(300, 16, device=torch.device("npu:0"), update=update)
+        before_CD = head.centers.weight.clone()
+        emb_BD = torch.full((4, 16), float("inf"), device="npu:0").requires_grad_()
+        head.set_lr(0.1)
+        head(emb_BD, torch.arange(4, device="npu:0")).loss.backward()
+        head.step(0.1, found_inf=head.found_inf())
+        assert torch.equal(head.centers.weight.cpu(), before_CD.cpu())
+        assert not torch.isfinite(emb_BD.grad).any()

@@ -1,0 +1,150 @@
+"""Training steps on the emulated NPU beside the same steps on the CPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from small_training import SmallTraining
+
+from checkpoint import store
+from optim import load_optimizer_state, optimizer_state
+from runtime.device import Device
+from runtime.precision import POLICIES, LossScaling
+
+pytestmark = pytest.mark.npu
+
+NPU, CPU = Device("npu"), Device("cpu")
+
+
+@pytest.fixture(scope="module")
+def plain_cpu():
+    """Twenty fp32 steps on the CPU."""
+    return SmallTraining(CPU).run(20)
+
+
+def _same_weights(one, other):
+    return all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+@pytest.mark.parametrize("sgd", ["npu_fused_sgd", "sgd_foreach", "sgd_plain"])
+def test_fp32_steps_are_bit_identical_to_the_cpu_s(plain_cpu, sgd):
+    npu = SmallTraining(NPU, sgd=sgd).run(20)
+    assert npu.losses == plain_cpu.losses and len(set(npu.losses)) == 20
+    assert _same_weights(npu.weights(), plain_cpu.weights())
+    assert torch.equal(npu.head.centers.weight.cpu(), plain_cpu.head.centers.weight)
+
+
+@pytest.mark.parametrize("net_mode, margin", [("mobilefacenet", "cosface"), ("iresnet", "arcface_straight_through")])
+def test_other_nets_and_margins_are_too(net_mode, margin):
+    npu, cpu = (SmallTraining(device, net_mode=net_mode, margin=margin).run(3) for device in (NPU, CPU))
+    assert npu.losses == cpu.losses and _same_weights(npu.weights(), cpu.weights())
+    assert torch.equal(npu.embed(), cpu.embed())
+
+
+def test_clipping_too():
+    npu, cpu = (SmallTraining(device).run(3, max_norm=0.5) for device in (NPU, CPU))
+    assert npu.losses == cpu.losses and _same_weights(npu.weights(), cpu.weights())
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "O0"])
+def test_half_precision_learns_the_batches(policy):
+    npu = SmallTraining(NPU, policy, dropout=0.0).run(20)
+    exact = SmallTraining(CPU, dropout=0.0).run(1)
+    # The first loss differs by the rounding of one forward pass; the logits' scale is 64.
+    assert 0 < abs(npu.losses[0] - exact.losses[0]) < 64 * torch.finfo(POLICIES[policy].compute).eps
+    assert npu.precision.skipped == 0 and max(npu.losses[-4:]) < 0.05 * npu.losses[0]
+
+
+@pytest.mark.parametrize("policy", ["bf16", "bf16_master"])
+def test_bfloat16_steps_are_bit_identical_to_the_cpu_s(policy):
+    # In fp16 they are not: there a CPU's convolution sums up in fp16, an NPU's in fp32.
+    npu, cpu = (SmallTraining(device, policy).run(5) for device in (NPU, CPU))
+    assert npu.losses == cpu.losses and _same_weights(npu.weights(), cpu.weights())
+
+
+@pytest.mark.parametrize("policy", ["O1", "O2", "fp16"])
+@pytest.mark.parametrize("chip", [None, "saturates"])
+def test_an_overflow_skips_the_step(policy, chip):
+    scaling = LossScaling(init_loss_scaling=2.0**40, decr_every_n_nan_or_inf=1, decr_ratio=2.0**-8)
+    npu = SmallTraining(NPU, policy, scaling=scaling)
+    npu.precision.saturates = chip == "saturates"
+    before = npu.weights()
+    npu.step()
+    after = npu.weights()
+    assert npu.precision.skipped == 1 and npu.precision.scale == 2.0**32
+    trained = [name for name, _ in npu.net.named_parameters()]
+    assert all(torch.equal(before[name], after[name]) for name in trained)
+    npu.run(6)
+    assert 1 < npu.precision.skipped < 6 and npu.precision.scale == 2.0 ** (40 - 8 * npu.precision.skipped)
+    assert all(map(math.isfinite, npu.losses))
+
+
+def test_a_chip_that_saturates(npu_python):
+    """Its fp16 has no inf: the overflow shows as 65504, and a finite test alone would take the step."""
+    code = """
+import torch
+from runtime.device import parse_device
+from runtime.precision import LossScaling
+from small_training import SmallTraining
+scaling = LossScaling(init_loss_scaling=2.0**40, decr_every_n_nan_or_inf=1)
+training = SmallTraining(parse_device("npu"), "fp16", scaling=scaling)
+before = training.weights()["body.0.res_layer.1.weight"].clone()
+training.step()
+assert torch.ops.npu_sim.overflow_flag()
+assert training.precision.saturates and training.precision.skipped == 1
+assert torch.equal(before, training.weights()["body.0.res_layer.1.weight"])
+"""
+    done = npu_python("-c", code, NPU_SIM_SATURATE="1", NPU_SIM_NAME="Ascend910A")
+    assert done.returncode == 0, done.stderr
+
+
+def _checkpoint(training):
+    return {
+        "model": training.precision.model_state(training.net),
+        "head": training.head.local_state(),
+        "optimizer": optimizer_state(training.optimizer, training.precision.names),
+        "precision": training.precision.state_dict(),
+        "steps": training.steps,
+    }
+
+
+def _continued(path, device, policy="O0"):
+    state = store.load_pth(path)
+    training = SmallTraining(device, policy, dropout=0.0)
+    training.precision.load_model_state(training.net, state["model"])
+    training.head.load_local_state(state["head"])
+    load_optimizer_state(training.optimizer, state["optimizer"], training.precision.names)
+    training.precision.load_state_dict(state["precision"])
+    training.steps = state["steps"]
+    return training
+
+
+def test_a_checkpoint_moves_from_npu_to_cpu_and_back(tmp_path):
+    """Three stretches on three devices are one training, to the bit."""
+    whole = SmallTraining(CPU, dropout=0.0).run(9)
+    first = SmallTraining(NPU, dropout=0.0).run(3)
+    store.save_pth(tmp_path / "1.pth", _checkpoint(first))
+    second = _continued(tmp_path / "1.pth", CPU).run(3)
+    store.save_pth(tmp_path / "2.pth", _checkpoint(second))
+    third = _continued(tmp_path / "2.pth", NPU).run(3)
+    assert first.losses + second.losses + third.losses == whole.losses
+    assert _same_weights(third.weights(), whole.weights())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_checkpoint_of_o2_continues_under_every_policy(tmp_path, policy):
+    first = SmallTraining(NPU, "O2").run(2)
+    store.save_pth(tmp_path / "1.pth", _checkpoint(first))
+    second = _continued(tmp_path / "1.pth", NPU, policy)
+    weights, exact = second.weights(), first.weights()
+    if policy == "fp16":  # it has no masters: its half weights are rounded, and batch norm stays as it is
+        exact = {name: t if _is_batch_norm(second.net, name) else t.half().to(t.dtype)
+                 for name, t in exact.items()}
+    assert _same_weights(weights, exact) and all(t.dtype == exact[name].dtype for name, t in weights.items())
+    assert all(map(math.isfinite, second.run(2).losses))
+
+
+def _is_batch_norm(net, name):
+    return isinstance(net.get_submodule(name.rpartition(".")[0]), torch.nn.modules.batchnorm._BatchNorm)

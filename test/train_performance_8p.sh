@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Speed on eight devices, or RANK_SIZE, without a data set: bash test/train_performance_8p.sh --data_mode=synthetic
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+launch train.py 8 performance_8p 320 "$@"

@@ -1,0 +1,235 @@
+"""Weights of other projects: recognised by keys and shapes, complete or refused in one line."""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+from plain_nets import plain_forward, randomise_
+
+from checkpoint import CheckpointError
+from checkpoint.foreign import load_foreign
+from checkpoint.store import save_pth
+from model import BACKBONES, create_model
+
+pytestmark = pytest.mark.core
+
+NETS = [(mode, depth) for mode, backbone in BACKBONES.items() for depth in backbone.depths or (None,)]
+LINEAGE = {
+    "ir": ("InsightFace_Pytorch", "bgr"),
+    "ir_se": ("InsightFace_Pytorch", "bgr"),
+    "mobilefacenet": ("InsightFace_Pytorch", "bgr"),
+    "iresnet": ("arcface_torch", "rgb"),
+    "resnet": ("PLSC", "rgb"),
+}
+
+
+def shapes_of(net_mode, net_depth, embedding_size):
+    """{key: shape} of our own net; without memory where torch can do that."""
+    if not hasattr(torch, "compile"):  # torch 1.x has no device context
+        if net_depth not in (18, 50, None):
+            pytest.skip("too large a net to build just for its shapes")
+        return {k: v.shape for k, v in create_model(net_mode, net_depth, embedding_size).state_dict().items()}
+    with torch.device("meta"):
+        return {k: v.shape for k, v in create_model(net_mode, net_depth, embedding_size).state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A state dict of ir_se 18 with embedding size 8, which has every kind of key."""
+    return create_model("ir_se", 18, embedding_size=8).state_dict()
+
+
+@pytest.mark.parametrize("net_mode, net_depth", NETS)
+def test_every_net_is_recognised(net_mode, net_depth):
+    shapes = shapes_of(net_mode, net_depth, 96)
+    # expanded from one number: a state dict of the right shapes without the memory
+    state = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    foreign = load_foreign(state)
+    assert (foreign.net_mode, foreign.net_depth, foreign.embedding_size) == (net_mode, net_depth, 96)
+    assert (foreign.lineage, foreign.channel_order) == LINEAGE[net_mode]
+    assert {key: value.shape for key, value in foreign.state_dict.items()} == shapes
+    assert foreign.head_kernel is None
+
+
+def test_the_keys_are_those_of_the_published_files(small):
+    # as listed by the lineages' own programs: none of these strings comes from our modules
+    assert {
+        "input_layer.0.weight", "input_layer.1.running_var", "input_layer.2.weight", "body.0.res_layer.0.bias",
+        "body.2.shortcut_layer.0.weight", "body.2.shortcut_layer.1.num_batches_tracked",
+        "body.7.res_layer.5.fc1.weight", "body.7.res_layer.5.fc2.weight",
+        "output_layer.0.weight", "output_layer.3.bias", "output_layer.4.running_mean",
+    } <= set(small)  # fmt: skip
+    assert not {"body.0.shortcut_layer.0.weight", "body.0.res_layer.5.fc1.bias"} & set(small)
+    assert {
+        "conv1.conv.weight", "conv2_dw.prelu.weight", "conv_23.conv_dw.bn.weight", "conv_3.model.3.project.conv.weight",
+        "conv_4.model.5.conv.prelu.weight", "conv_5.model.1.conv_dw.conv.weight", "conv_6_sep.bn.bias",
+        "conv_6_dw.conv.weight", "linear.weight", "bn.running_var",
+    } <= set(shapes_of("mobilefacenet", None, 8))  # fmt: skip
+    assert {
+        "conv1.weight", "bn1.bias", "prelu.weight", "layer1.0.downsample.0.weight", "layer4.1.downsample.1.weight",
+        "layer2.1.prelu.weight", "layer3.0.bn3.running_mean", "bn2.weight", "fc.bias", "features.weight",
+    } - set(shapes_of("iresnet", 18, 8)) == {"layer4.1.downsample.1.weight"}  # fmt: skip
+
+
+@pytest.mark.parametrize("net_mode", ["ir_se", "iresnet", "mobilefacenet"])
+@pytest.mark.parametrize("wrapped", ["bare", "module.", "training", "legacy"])
+def test_files_give_the_outputs_that_their_own_keys_say(tmp_path, net_mode, wrapped):
+    state = randomise_(create_model(net_mode, 18, embedding_size=8)).state_dict()
+    path = tmp_path / "foreign.pth"
+    if wrapped == "bare":
+        save_pth(path, state)
+    elif wrapped == "module.":
+        save_pth(path, {"module." + key: value for key, value in state.items()})
+    elif wrapped == "training":
+        content = {"model": state, "head": {"kernel": torch.ones(8, 3)}, "optimizer": {}, "epoch": 3, "config": {}}
+        save_pth(path, content)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    foreign = load_foreign(path)
+    net = create_model(foreign.net_mode, foreign.net_depth, foreign.embedding_size, l2_norm=False).eval()
+    net.load_state_dict(foreign.state_dict)
+    x_BCHW = torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        truth_BD = plain_forward(net_mode, {k: v.double() for k, v in state.items()}, x_BCHW.double())
+        plain_error = (plain_forward(net_mode, state, x_BCHW) - truth_BD).abs().max()
+        assert (net(x_BCHW) - truth_BD).abs().max() <= 4 * plain_error
+    assert (foreign.head_kernel is None) == (wrapped != "training")
+
+
+def test_a_training_checkpoint_of_arcface_torch(small):
+    state = create_model("iresnet", 18, embedding_size=8).state_dict()
+    content = {"epoch": 1, "global_step": 5, "state_dict_backbone": state, "state_dict_softmax_fc": {}}
+    foreign = load_foreign(content)
+    assert (foreign.lineage, foreign.net_mode, foreign.net_depth) == ("arcface_torch", "iresnet", 18)
+
+
+def test_it_says_what_it_found(small):
+    content = {"model": small, "head": {"module.kernel": torch.ones(8, 10)}}
+    assert str(load_foreign(content)) == (
+        "InsightFace_Pytorch ir_se 18, embedding size 8, head of 10 classes, bgr (said by the lineage)"
+    )
+    assert str(load_foreign(small, "rgb")) == (
+        "InsightFace_Pytorch ir_se 18, embedding size 8, no head, rgb (said by the caller)"
+    )
+
+
+def test_whose_word_the_channel_order_is(small):
+    def order(content, told=None):
+        foreign = load_foreign(content, channel_order=told)
+        return foreign.channel_order, foreign.channel_order_from
+
+    assert order(small) == ("bgr", "lineage")
+    assert order({"model": small, "meta": {"channel_order": "rgb"}}) == ("rgb", "file")
+    assert order({"model": small, "meta": {"channel_order": "rgb"}}, "bgr") == ("bgr", "caller")
+    assert order({"model": small, "meta": {"channel_order": None}}) == ("bgr", "lineage")
+    with pytest.raises(CheckpointError, match="^channel_order 'grb': choose from rgb, bgr$"):
+        load_foreign(small, "grb")
+
+
+def test_half_precision_comes_as_float32(small):
+    half = {key: value.half() if value.is_floating_point() else value for key, value in small.items()}
+    foreign = load_foreign({"model": half, "head": {"kernel": torch.ones(8, 3).half()}})
+    assert foreign.state_dict["body.0.res_layer.1.weight"].dtype == torch.float32
+    assert foreign.state_dict["body.0.res_layer.0.num_batches_tracked"].dtype == torch.int64
+    assert foreign.head_kernel.dtype == torch.float32
+    assert torch.equal(foreign.state_dict["output_layer.3.weight"], half["output_layer.3.weight"].float())
+
+
+def test_files_from_before_batches_were_counted(small):
+    old = {key: value for key, value in small.items() if "num_batches_tracked" not in key}
+    create_model("ir_se", 18, embedding_size=8).load_state_dict(load_foreign(old).state_dict)
+
+
+def changed(state, drop=(), **new):
+    return {**{key: value for key, value in state.items() if key not in drop}, **new}
+
+
+def test_what_is_refused_and_how(small):
+    bare_head = {"kernel": torch.ones(8, 3)}
+    no_unit_7 = [key for key in small if key.startswith("body.7.")]
+    first = "body.4.res_layer.1.weight"
+    for content, message in (
+        (
+            {"backbone.conv.weight": torch.ones(1), "backbone.conv.bias": torch.ones(1)},
+            "state dict: no known face net: it holds backbone.conv.weight, backbone.conv.bias, where "
+            "InsightFace_Pytorch has input_layer.0.weight and body.0.res_layer.1.weight; "
+            "InsightFace_Pytorch has conv1.conv.weight and conv2_dw.conv.weight; "
+            "arcface_torch has layer1.0.conv1.weight and prelu.weight",
+        ),
+        ({}, "state dict: no known face net: it holds nothing, where "),
+        (bare_head, "state dict: it is a head alone: pass the file of the backbone (model_*.pth)"),
+        (
+            {"weights": [1, 2], "epoch": 3},
+            "state dict: no state dict in it: it holds weights, epoch, where a backbone is tensors by name, "
+            "at the top or under 'model' or 'state_dict_backbone'",
+        ),
+        (
+            changed(small, drop=[first]),
+            f"state dict: like InsightFace_Pytorch ir_se 18, but without {first}: cut off, or another architecture",
+        ),
+        (
+            changed(small, drop=no_unit_7),
+            "state dict: its stages have 2-2-2-1 units, which no known depth has (18 is 2-2-2-2, 34 is 3-4-6-3, ",
+        ),
+        (
+            changed(small, **{"body.0.res_layer.6.weight": torch.ones(1)}),
+            "state dict: like InsightFace_Pytorch ir_se 18, but with body.0.res_layer.6.weight: another architecture",
+        ),
+        (
+            changed(small, **{first: torch.ones(256, 128, 1, 1)}),
+            f"state dict: like InsightFace_Pytorch ir_se 18, but {first} of another shape "
+            "((256, 128, 1, 1) for (256, 128, 3, 3)): another architecture",
+        ),
+        (
+            {"model": small, "head": {"kernel": torch.ones(3, 8)}},
+            "state dict: head kernel (3, 8) where [8, classes] belongs: the file is inconsistent",
+        ),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            load_foreign(content)
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_state_that_was_read_already_is_named_as_told():
+    with pytest.raises(CheckpointError, match="^runs/a.pth: it is a head alone"):
+        load_foreign({"kernel": torch.ones(8, 3)}, place="runs/a.pth")
+
+
+def test_keys_of_odd_shape_are_refused_in_one_line(small):
+    for key in small:
+        odd = changed(small, **{key: torch.ones(()) if small[key].dim() else torch.ones(2)})
+        with pytest.raises(CheckpointError) as caught:
+            load_foreign(odd)
+        assert "\n" not in str(caught.value)
+
+
+def test_every_single_missing_key_is_noticed(small):
+    for key in small:
+        if "num_batches_tracked" not in key:
+            with pytest.raises(CheckpointError):
+                load_foreign(changed(small, drop=[key]))
+
+
+class RunsCode:
+    def __reduce__(self):
+        return print, ("this must not be printed",)
+
+
+def test_files_that_cannot_be_read(tmp_path, small, capsys):
+    whole = tmp_path / "whole.pth"
+    save_pth(whole, OrderedDict(small))
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(whole.read_bytes()[:-5000])
+    hostile = tmp_path / "hostile.pth"
+    hostile.write_bytes(pickle.dumps(RunsCode(), protocol=2))
+    listing = tmp_path / "listing.pth"
+    torch.save([1, 2], listing)
+    for path in (cut, hostile, listing, tmp_path / "absent.pth"):
+        with pytest.raises(CheckpointError) as caught:
+            load_foreign(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,233 @@
+"""The Learner: its loop, what it writes, and that a resumed run is the run that was interrupted."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from tiny_set import make_tiny_set
+
+from checkpoint import CheckpointError, store
+from config import Config, ConfigError, replace
+from data import DataError
+from learner import Learner, Stopped
+from runtime.device import DeviceError
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_set(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def base(tiny, tmp_path):
+    """Five steps an epoch, two epochs."""
+    return Config(net_mode="mobilefacenet", embedding_size=16, data_path=str(tiny), batch_size=4, epochs=2, lr=0.05,
+                  milestones=(1,), work_path=str(tmp_path / "work"), device_type="cpu", num_workers=0, log_every=2,
+                  with_test=False, tensorboard=False)
+
+
+def metrics(config):
+    with open(f"{config.work_path}/log/metrics.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def assert_same(a, b, path=""):
+    """Tensors equal to the last bit, everything else equal."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def trained(config):
+    learner = Learner(config)
+    learner.train()
+    return learner
+
+
+def final_state(config):
+    state = store.load_pth(store.newest(f"{config.work_path}/models"))
+    return {key: state[key] for key in ("model", "head", "optimizer", "epoch", "training")}
+
+
+def test_the_run_and_what_it_writes(base):
+    config = replace(base, with_test=True, max_iter=3)
+    learner = trained(config)
+    assert learner.step == 6 and learner.epoch == 2
+    lines = metrics(config)
+    kinds = [line["kind"] for line in lines]
+    assert kinds[0] == "run" and kinds[-1] == "end" and lines[-1]["reason"] == "finished"
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == [2, 3, 4, 6]
+    assert [round(line["lr"], 6) for line in steps] == [0.05, 0.05, 0.005, 0.005]
+    verifications = [line for line in lines if line["kind"] == "verify"]
+    assert [(v["untrained"], v["set"]) for v in verifications] == [(True, "lfw"), (False, "lfw"), (False, "lfw")]
+    assert sum(line["kind"] == "window" for line in lines) == 2
+    names = sorted(p.name for p in learner.models_path.iterdir())
+    assert any("_epoch:1_" in name for name in names)
+    state = store.load_pth(learner.models_path / names[-1])
+    assert list(state)[:1] == ["model"] and {"model", "head", "optimizer", "epoch", "config"} <= set(state)
+    assert tuple(state["head"]["kernel"].shape) == (16, 4)
+    assert state["meta"]["channel_order"] == "rgb" and state["meta"]["num_classes"] == 4
+
+
+def test_resume_in_the_middle_of_an_epoch_is_bit_identical(base, tmp_path):
+    # a net with dropout, so that the generators' state matters
+    base = replace(base, net_mode="ir", net_depth=18)
+    whole = replace(base, work_path=str(tmp_path / "whole"))
+    trained(whole)
+
+    class Interrupted(Learner):
+        def _leave_if_asked(self, caught):
+            if self.step == 7:
+                raise Stopped(signal.SIGTERM)
+
+    part = replace(base, work_path=str(tmp_path / "part"))
+    with pytest.raises(Stopped):
+        Interrupted(part).train()
+    assert metrics(part)[-1]["reason"] == "signal"
+    # a new process would start from another seed than where the generators stood
+    torch.manual_seed(99)
+    trained(replace(part, resume="auto"))
+    assert_same(final_state(part), final_state(whole))
+
+
+def test_sigterm_saves_and_leaves(base, root):
+    arguments = [f"--{k}={v}" for k, v in base.as_dict().items()
+                 if v != getattr(Config(), k) and not isinstance(v, list)]
+    process = subprocess.Popen([sys.executable, "train.py", *arguments, "--epochs=1000", "--with_test=0"], cwd=root,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = f"{base.work_path}/log/metrics.jsonl"
+    end = time.time() + 120
+    while time.time() < end and not (os.path.exists(log) and '"step"' in open(log).read()):
+        time.sleep(0.2)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert errors.splitlines()[-1].startswith("error: stopped by SIGTERM")
+    saved = store.load_pth(store.newest(f"{base.work_path}/models"))
+    steps = saved["training"]["step"]
+    learner = Learner(replace(base, resume="auto", epochs=1000))
+    assert learner.step == steps > 0
+
+
+def test_micro_batches_add_up_to_the_batch(base):
+    """With batch norm frozen, two micro-batches of two are one batch of four."""
+
+    class Frozen(Learner):
+        def _train_epoch(self, caught):
+            for module in self.backbone.modules():
+                module.training = False
+            self.backbone.train = lambda: None
+            super()._train_epoch(caught)
+
+    results = []
+    for accumulate in (1, 2):
+        learner = Frozen(replace(base, accumulate=accumulate, epochs=1, max_iter=1))
+        learner.train()
+        results.append(torch.cat([p.detach().flatten() for p in learner.backbone.parameters()]).double())
+    start = torch.cat([p.detach().flatten() for p in Learner(base).backbone.parameters()]).double()
+    update = (results[0] - start).norm()
+    # fp32 sums in another order
+    assert update > 0 and (results[0] - results[1]).norm() < 1e-5 * update
+
+
+def test_fine_tuning_takes_the_backbone_alone(base, tmp_path):
+    first = trained(base)
+    path = store.newest(first.models_path)
+    other = make_tiny_set(tmp_path / "other", classes=7)
+    tuned = replace(base, data_path=str(other), pth_path=str(path), work_path=str(tmp_path / "tuned"))
+    with pytest.raises(CheckpointError, match="4 classes.*--is_finetune"):
+        Learner(tuned)
+    learner = Learner(replace(tuned, is_finetune=True))
+    assert_same(dict(learner.backbone.state_dict()), dict(first.backbone.state_dict()))
+    assert learner.head.num_classes == 7 and learner.step == 0
+    learner.train()
+
+
+def test_what_does_not_fit_is_one_line(base, tmp_path):
+    learner = trained(replace(base, epochs=1))
+    path = store.newest(learner.models_path)
+    with pytest.raises(CheckpointError, match="--net_mode=mobilefacenet") as caught:
+        Learner(replace(base, net_mode="ir", net_depth=18, resume=str(path)))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        Learner(replace(base, resume="auto", work_path=str(tmp_path / "empty")))
+    with pytest.raises(DataError, match="21"):
+        Learner(replace(base, batch_size=21))
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        Learner(replace(base, accumulate=3))
+    with pytest.raises(ConfigError, match="--pth_path"):
+        Learner(replace(base, is_finetune=True))
+
+
+def test_best_and_last_are_kept(base):
+    learner = Learner(replace(base, keep=0, with_test=True))
+    accuracies = iter([0.1, 0.5, 0.9, 0.7, 0.6])  # the first is the untrained net's
+    learner._verify = lambda untrained=False: setattr(learner, "accuracy", next(accuracies))
+    learner.config = replace(learner.config, epochs=4, max_iter=1)
+    learner.steps_per_epoch = 1
+    learner.train()
+    assert sorted(p.name.rsplit("_", 1)[1] for p in learner.models_path.iterdir()) == ["0.60000.pth", "0.90000.pth"]
+
+
+def test_learning_rate_range_leaves_no_trace(base, tmp_path):
+    learner = Learner(base)
+    before = [p.detach().clone() for p in learner.backbone.parameters()]
+    centers = learner.head.local_state()["weight"].clone()
+    generators = torch.get_rng_state()
+    rates, losses = learner.find_lr(1e-4, 1.0, steps=7, plot_path=str(tmp_path / "lr.png"))
+    assert len(rates) == len(losses) and rates == sorted(rates) and len(rates) > 2
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.backbone.parameters()))
+    assert torch.equal(centers, learner.head.local_state()["weight"])
+    assert torch.equal(generators, torch.get_rng_state())
+    assert learner.step == 0
+
+
+def test_infer_names_the_nearest(base):
+    learner = Learner(base, training=False)
+    faces = np.random.RandomState(0).randint(0, 256, (3, 112, 112, 3)).astype(np.uint8)
+    bank = learner.embed(faces)
+    index, distance = learner.infer(list(faces[[2, 0]]), bank)
+    assert index.tolist() == [2, 0] and float(distance.max()) < 1e-9
+    index, _ = learner.infer(faces[:1], -bank[:1])
+    assert index.tolist() == [-1]
+
+
+def test_profile_leaves_a_trace_and_the_dearest_operations(base):
+    if not hasattr(torch, "inference_mode"):  # torch 1.9
+        with pytest.raises(DeviceError, match="--profile needs torch 1.9"):
+            trained(replace(base, profile=True))
+        return
+    trained(replace(base, profile=True))
+    folder = f"{base.work_path}/log/profile"
+    with open(f"{folder}/trace.json") as file:
+        events = json.load(file)["traceEvents"]
+    assert any("convolution" in str(event.get("name")) for event in events)
+    with open(f"{folder}/operations.txt") as file:
+        assert "convolution" in file.read()
+
+
+def test_static_mode_without_a_compiler_is_one_line(base, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(DeviceError, match="static mode.*(C\\+\\+ compiler|torch 2.0)"):
+        Learner(replace(base, static=True))

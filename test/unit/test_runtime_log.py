@@ -1,0 +1,150 @@
+"""Commands that fail in one line, and metrics as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.dist import ALONE
+from runtime.log import RunLog, run_command, setup_logging
+
+pytestmark = pytest.mark.core
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def command_that(action, expected=(ValueError,)):
+    with pytest.raises(SystemExit) as ended:
+        run_command(action, expected)
+    return ended.value.code
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_an_expected_error_is_one_line_and_status_1(capsys):
+    assert command_that(raising(ValueError("lfw.bin: cut off\n  after 3 images\n"))) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: lfw.bin: cut off after 3 images\n" and captured.out == ""
+
+
+def test_expected_errors_may_be_found_late(capsys):
+    assert command_that(raising(KeyError("x")), lambda: (KeyError,)) == 1
+    assert capsys.readouterr().err == "error: 'x'\n"
+
+
+def test_an_error_without_words_shows_its_class(capsys):
+    assert command_that(raising(ValueError())) == 1
+    assert capsys.readouterr().err == "error: ValueError\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(raising(ZeroDivisionError()), (ValueError,))
+
+
+@pytest.mark.parametrize("returned, status", [(None, 0), (0, 0), (3, 3)])
+def test_the_status_is_what_main_returns(returned, status):
+    assert command_that(lambda: returned) == status
+
+
+def test_ctrl_c_ends_as_in_a_shell(capsys):
+    assert command_that(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_command_does_not_import_torch_by_itself(root):
+    """So that it can first keep a recent torch from loading a torch_npu without CANN."""
+    code = "import sys, runtime.log; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_records_are_json_lines_whatever_they_were(tmp_path):
+    with RunLog(tmp_path / "run", ALONE, {"lr": 0.1}, tensorboard=False) as log:
+        log.record("step", step=3, loss=torch.tensor(2.5), accuracy=np.float32(0.25), lr=float("nan"),
+                   roc={"fpr": np.array([0.0, 1.0])}, where=tmp_path, scale=torch.tensor([1, 2]))
+        # flushed: a reader beside the run sees it already
+        step, = lines(tmp_path / "run")
+    assert step.pop("time") > 1.6e9
+    assert step == {"kind": "step", "step": 3, "loss": 2.5, "accuracy": 0.25, "lr": None,
+                    "roc": {"fpr": [0.0, 1.0]}, "where": str(tmp_path), "scale": [1, 2]}
+
+
+def test_the_run_line_says_what_ran(tmp_path):
+    with RunLog(tmp_path, replace(ALONE, size=4), {"lr": 0.1, "milestones": [1, 2]}, tensorboard=False) as log:
+        log.record("run", case="c", batch_size=8)
+    run, = lines(tmp_path)
+    assert run["world_size"] == 4 and run["config"] == {"lr": 0.1, "milestones": [1, 2]} and run["case"] == "c"
+    assert run["versions"]["torch"] == torch.__version__ and "commit" in run
+
+
+def test_only_rank_0_writes_and_only_it_fetches_values(tmp_path):
+    class Fetched:
+        def tolist(self):
+            raise AssertionError("a rank that writes nothing waited for the device")
+
+    with RunLog(tmp_path / "run", replace(ALONE, rank=1, size=2), {}, tensorboard=False) as log:
+        log.record("step", loss=Fetched())
+        log.scalar("loss", 1.0, 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_continues_its_file_after_a_torn_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n{"kind": "st')
+    with RunLog(tmp_path, ALONE, {}, tensorboard=False) as log:
+        log.record("step", step=2)
+    text = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert text[:2] == ['{"kind": "step", "step": 1}', '{"kind": "st'] and json.loads(text[2])["step"] == 2
+
+
+def test_scalars_and_figures_reach_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    figures = pytest.importorskip("matplotlib.figure")
+    with RunLog(tmp_path, ALONE, {}) as log:
+        log.scalar("train_loss", torch.tensor(1.5), 1)
+        log.figure("roc", lambda: figures.Figure(figsize=(1, 1)), 1)
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"train_loss" in events and b"roc" in events
+
+
+def test_a_figure_is_drawn_only_for_a_board(tmp_path):
+    with RunLog(tmp_path, ALONE, {}, tensorboard=False) as log:
+        log.figure("roc", raising(AssertionError("drawn")), 1)
+
+
+def test_tensorboard_is_done_without_where_it_is_absent(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with caplog.at_level(logging.INFO), RunLog(tmp_path, ALONE, {}) as log:
+        log.scalar("loss", 1.0, 1)
+        log.record("step", step=1)
+    assert len(lines(tmp_path)) == 1
+    assert "tensorboardX is not installed" in caplog.text
+
+
+@pytest.mark.parametrize("rank, size, said", [(0, 1, "news\ntrouble\n"), (0, 2, "[rank 0] news\n[rank 0] trouble\n"),
+                                              (1, 2, "[rank 1] trouble\n")])
+def test_log_lines_name_their_rank_and_other_ranks_only_warn(root, rank, size, said):
+    code = (f"from runtime.log import setup_logging; import logging; setup_logging({rank}, {size});"
+            "logging.getLogger('x').info('news'); logging.getLogger('x').warning('trouble')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stderr == said
+
+
+def test_setting_up_twice_does_not_double_lines(root):
+    assert setup_logging.__doc__
+    code = "from runtime.log import setup_logging as s; import logging; s(); s(); logging.warning('once')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stderr == "once\n"

@@ -1,0 +1,41 @@
+"""Train a face recognition network: `python train.py --recipe=full_1p --data_path=...`, alone or under torchrun."""
+from __future__ import annotations
+
+import sys
+
+import config as options
+from configs import RECIPES
+from runtime import log
+
+
+def main() -> int:
+    config = options.parse_arguments(sys.argv[1:], recipes=RECIPES)
+    # torch and what stands on it only now: --help and a misspelt option answer at once
+    from learner import Learner, Stopped
+    from runtime.device import parse_device
+    from runtime.dist import open_world, world_env
+
+    ranks = world_env()
+    log.setup_logging(ranks["rank"], ranks["size"])
+    if config.distributed and ranks["size"] == 1:
+        raise options.ConfigError("--distributed: only one rank was started; use test/train_full_8p.sh or torchrun")
+    device = parse_device(config.device_type, config.device_id + ranks["local_rank"])
+    device.set()
+    with open_world(device, config.dist_timeout) as world:
+        try:
+            Learner(config, device, world).train()
+        except Stopped as stopped:
+            print(f"error: {stopped}", file=sys.stderr)
+            return 128 + stopped.signal_number
+    return 0
+
+
+def expected_errors() -> tuple:
+    from learner import USER_ERRORS
+    from runtime.device import DeviceError
+
+    return (*USER_ERRORS, DeviceError)
+
+
+if __name__ == "__main__":
+    log.run_command(main, expected_errors)
