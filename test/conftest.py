@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,13 @@ for folder in (ROOT / "test", ROOT):  # pytest's own setting does this too, wher
         sys.path.insert(0, str(folder))
 
 torch.set_num_threads(1)
+
+# Triton decides when it is first imported whether its own functions can be interpreted, as test_triton.py wants them
+# where there is no GPU, and parts of torch import it too: so it comes before they do.
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.language")
 
 
 @pytest.fixture(scope="session")

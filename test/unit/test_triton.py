@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from contextlib import contextmanager
-from importlib import import_module
 
 import pytest
 import torch
@@ -23,29 +20,11 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 DIM = 40  # ragged: no multiple of a block
 
 
-@contextmanager
-def interpreted():
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-
-
-# Triton decides when it is first imported whether its own functions can be interpreted. Parts of torch import it too,
-# so it is done here, while tests are collected and none has run.
-if importlib.util.find_spec("triton"):
-    with interpreted():
-        import_module("triton.language")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def interpreter():
-    with interpreted():
+    """Our kernels look when they are first imported, in this file's first test; Triton's own, in conftest.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
         yield
 
 
