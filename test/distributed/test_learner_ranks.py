@@ -29,7 +29,8 @@ def test_ranks_equal_one_rank_in_float64(size):
 
 def test_two_ranks_train_verify_save_and_resume(tmp_path):
     config = Config(net_mode="mobilefacenet", embedding_size=16, data_path=str(make_tiny_set(tmp_path / "set")),
-                    batch_size=4, epochs=1, lr=0.002, work_path=str(tmp_path / "work"), device_type="cpu",
+                    batch_size=4, epochs=1, lr=1e-5,  # batch norm over two images blows up with more
+                    work_path=str(tmp_path / "work"), device_type="cpu",
                     num_workers=0, tensorboard=False, log_every=1)
     results = run_ranks(workers.run_learner, 2, config)
     assert [step for step, _, _ in results] == [5, 5]

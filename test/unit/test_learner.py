@@ -30,7 +30,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def base(tiny, tmp_path):
     """Five steps an epoch, two epochs."""
-    return Config(net_mode="mobilefacenet", embedding_size=16, data_path=str(tiny), batch_size=4, epochs=2, lr=0.05,
+    return Config(net_mode="mobilefacenet", embedding_size=16, data_path=str(tiny), batch_size=4, epochs=2, lr=1e-3,
                   milestones=(1,), work_path=str(tmp_path / "work"), device_type="cpu", num_workers=0, log_every=2,
                   with_test=False, tensorboard=False)
 
