@@ -76,7 +76,7 @@ def test_the_run_and_what_it_writes(base):
     assert kinds[0] == "run" and kinds[-1] == "end" and lines[-1]["reason"] == "finished"
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["step"] for line in steps] == [2, 3, 4, 6]
-    assert [round(line["lr"], 6) for line in steps] == [0.05, 0.05, 0.005, 0.005]
+    assert [round(line["lr"], 6) for line in steps] == [1e-3, 1e-3, 1e-4, 1e-4]
     verifications = [line for line in lines if line["kind"] == "verify"]
     assert [(v["untrained"], v["set"]) for v in verifications] == [(True, "lfw"), (False, "lfw"), (False, "lfw")]
     assert sum(line["kind"] == "window" for line in lines) == 2
