@@ -38,6 +38,7 @@ class Config:
     combined_margin: tuple[float, ...] = option((1.0, 0.5, 0.0), "m1 m2 m3 of cos(m1 t + m2) - m3")
     sample_rate: float = option(1.0, "share of the class centers drawn each step (Partial FC)")
     interclass_filtering_threshold: float = option(0.0, "cosine above which another class counts as noise; 0 = off")
+    top5: bool = option(False, "count as well how often the right class is among the five best")
     head_op: str = option("auto", "implementation of the loss: auto, or one of model/ops by name")
     head_update: str = option("step", "centers move after the backward pass, or inside it (no gradient of them exists)",
                               ("step", "backward"))
@@ -98,6 +99,7 @@ class Config:
     static: bool = option(False, "compile the backbone (torch.compile); off is the eager, dynamic mode")
     tf32: bool = option(False, "fp32 products with fewer mantissa bits, where the device has that")
     autotune: bool = option(True, "try convolution algorithms for the batch's shape and keep the quickest (cudnn)")
+    memory_reserve: str = option("0", "device memory that the head must leave for activations, as 16GiB")
     profile: bool = option(False, "trace a few steps of the run into run_dir/profile")
 
     # files
@@ -106,12 +108,17 @@ class Config:
     case: str = option("", "name of the run in reports")
     pth_path: str = option("", "weights to start from or to evaluate: ours or a known project's")
     is_finetune: bool = option(False, "take only the backbone of pth_path, with a new head")
-    resume: str = option("", "continue a checkpoint: its path, or 'auto' for the newest one of work_path")
+    resume: str = option("", "continue a checkpoint: its path; 'newest' for the newest whole one of work_path; 'auto' "
+                             "for that one if there is any, else from the start")
     keep: int = option(1, "checkpoints kept beside the best and the last")
     save_every: int = option(0, "steps between checkpoints inside an epoch; 0 = at its end only")
     save_minutes: float = option(0.0, "minutes between checkpoints inside an epoch; 0 = by steps only")
     checkpoint: str = option("pth", "one .pth file for exchange, or a sharded directory that any number of ranks loads",
                              ("pth", "sharded"))
+    fs_name: str = option("", "remote store for checkpoints: hdfs://, webhdfs://, s3:// or any other address of fsspec")
+    fs_ugi: str = option("", "name,password for the store; rather set FS_UGI, which no list of processes shows")
+    fs_dir_for_save: str = option("", "folder of the store to which checkpoints are uploaded, beside the training")
+    fs_checkpoint_dir: str = option("", "folder of the store from which checkpoints are downloaded before the training")
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
     tensorboard: bool = option(True, "write tensorboard events beside metrics.jsonl (needs tensorboardX)")
     output: str = option("", "evaluation: folder of the results")
@@ -134,13 +141,16 @@ class Config:
             raise ConfigError(f"--max_iter {self.max_iter}: a number of steps, or -1 for the whole set")
         if self.head_update == "backward" and self.accumulate > 1:
             raise ConfigError("--head_update=backward moves the centers in every backward pass: use --accumulate=1")
+        if (self.fs_dir_for_save or self.fs_checkpoint_dir) and not self.fs_name:
+            raise ConfigError("--fs_dir_for_save and --fs_checkpoint_dir are folders of a store: name it by --fs_name")
         if len(self.combined_margin) != 3:
             raise ConfigError(f"--combined_margin {self.combined_margin}: needs three numbers, m1 m2 m3")
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values (tuples as lists), as checkpoints and metrics keep them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain values (tuples as lists), as checkpoints and metrics keep them: without the store's password."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {**values, "fs_ugi": ""}
 
 
 def replace(config: Config, **changes: Any) -> Config:
@@ -177,7 +187,7 @@ def parse_arguments(argv: Optional[list[str]] = None, training: bool = True,
         if item is bool:
             extra = {"nargs": "?", "const": True}
         elif name == "resume":
-            extra = {"nargs": "?", "const": "auto"}
+            extra = {"nargs": "?", "const": "newest"}
         parser.add_argument(*spellings, dest=name, type=str if many else _converter(item), default=argparse.SUPPRESS,
                             metavar=item.__name__.upper(), help=f"{field.metadata['help']} [{getattr(defaults, name)}]",
                             **extra)

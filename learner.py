@@ -20,10 +20,11 @@ import torch
 import data
 import model
 import optim
-from checkpoint import CheckpointError, foreign, sharded, store
+from checkpoint import CheckpointError, foreign, remote, sharded, store
 from config import Config, ConfigError
 from data import pairs, transforms
 from data.synthetic import SyntheticDataset
+from model import plan
 from model.head import MarginHead
 from runtime import log as runlog
 from runtime.device import Device, DeviceError, parse_device
@@ -91,6 +92,7 @@ class Learner:
         self.accuracy = self.accuracy_of_training = 0.0  # the first of the newest verification, where there is one
         self.log: Optional[runlog.RunLog] = None
         self.saver: Optional[sharded.Saver] = None
+        self.uploader: Optional[remote.Uploader] = None
         if training:
             self._build_training()
         else:
@@ -123,12 +125,13 @@ class Learner:
         self.step = self.epoch * self.steps_per_epoch
         self.meta["num_classes"] = self.dataset.num_classes
 
+        self._check_memory()
         self.head = MarginHead(
             self.dataset.num_classes, config.embedding_size, margin=config.loss_type, s=config.scale, m=config.margin,
             combined=config.combined_margin, world=world, op=config.head_op, sample_rate=config.sample_rate,
             update_rows=config.update_rows, update=config.head_update,
             interclass_filtering_threshold=config.interclass_filtering_threshold, seed=config.seed,
-            momentum=0.0 if config.momentum_dtype == "none" else config.momentum,
+            top5=config.top5, momentum=0.0 if config.momentum_dtype == "none" else config.momentum,
             weight_decay=optim.head_weight_decay(config.net_mode, config.weight_decay), device=self.device.torch,
             dtype=DTYPES[config.centers_dtype], momentum_dtype=DTYPES[config.momentum_dtype],
             momentum_on_host=config.momentum_on_host)
@@ -140,8 +143,13 @@ class Learner:
         self.schedule = make_schedule(config, self.steps_per_epoch)
         self.pair_sets = self._find_pair_sets()
 
-        if config.resume:
-            self._resume(config.resume)
+        wanted = config.resume
+        if config.fs_checkpoint_dir:
+            self._download()
+            wanted = wanted or ("" if config.pth_path else "newest")
+        self.resumed = self._resume(wanted) if wanted else None
+        if self.resumed:
+            logger.info("resumed %s at step %d", self.resumed, self.step)
         elif config.pth_path:
             self.load(config.pth_path, backbone_only=config.is_finetune)
         elif config.is_finetune:
@@ -155,17 +163,20 @@ class Learner:
         run_dir = Path(config.run_dir or Path(config.work_path) / "log")
         started = time.time()
         # Different on each rank (dropout), unlike the weights.
-        if not config.resume:
+        if not self.resumed:
             self.device.seed(config.seed + 1 + world.rank)
         self.log = runlog.RunLog(run_dir, world, config.as_dict(), config.tensorboard)
-        saver = nullcontext()
+        uploads = saver = nullcontext()
+        if config.fs_dir_for_save and world.is_main:
+            uploads = self.uploader = remote.Uploader(self._store(config.fs_dir_for_save))
         if config.checkpoint == "sharded":
-            saver = self.saver = sharded.Saver(self.sharded_path, world, keep=config.keep + 1)
+            saver = self.saver = sharded.Saver(self.sharded_path, world, keep=config.keep + 1,
+                                               published=self.uploader and self.uploader.put)
         self.save_every = sharded.SaveEvery(config.save_every, config.save_minutes, world)
         tracing = profiled(self.device, run_dir / "profile", config.profile and world.is_main)
-        with self.log, saver, tracing as self.profiler, caught_signals() as caught:
+        with self.log, uploads, saver, tracing as self.profiler, caught_signals() as caught:
             self.log.record("run", case=config.case, network=self.network, batch_size=config.batch_size,
-                            command=shlex.join(["python", *sys.argv]), device=self.device.describe(),
+                            command=self._command(), device=self.device.describe(),
                             num_classes=self.meta["num_classes"], images=len(self.dataset),
                             opt_level=self.precision.policy.name)
             if config.with_test and self.step == 0:
@@ -184,6 +195,8 @@ class Learner:
             except Stopped:
                 reason = "signal"
                 self.save()
+                if self.saver is not None:
+                    self.saver.wait()  # the process ends next, and its threads with it
                 raise
             finally:
                 self.log.record("end", seconds=time.time() - started, reason=reason, steps=self.step)
@@ -195,23 +208,23 @@ class Learner:
         batches = iter(self.device.prefetch(iter(self.loader), self._to_device))
         bar = progress(self.world, self.epoch, config.epochs, self.steps_per_epoch, self.step_in_epoch)
         # Sums stay on the device between two lines of the log: no step waits for the host.
-        loss_sum, correct_sum, steps = 0.0, 0.0, 0
+        sums_3, steps = 0, 0
         self.speed.start()
         with bar:
             while self.step_in_epoch < self.steps_per_epoch:
                 lr = self.schedule(self.step)
-                loss, correct = self._train_step(batches, lr)
-                loss_sum, correct_sum, steps = loss_sum + loss, correct_sum + correct, steps + 1
+                sums_3, steps = sums_3 + self._train_step(batches, lr), steps + 1
                 self.step += 1
                 self.step_in_epoch += 1
                 self.speed.step()
                 self.profiler.step()
                 bar.update(1)
                 if self.step % config.log_every == 0 or self.step_in_epoch == self.steps_per_epoch:
-                    mean = float(loss_sum) / steps
-                    self.accuracy_of_training = float(correct_sum) / (steps * config.batch_size)
+                    mean, correct, correct_top5 = (value / steps for value in sums_3.tolist())
+                    self.accuracy_of_training = correct / config.batch_size
+                    top5 = {"accuracy_top5": correct_top5 / config.batch_size} if config.top5 else {}
                     log.record("step", step=self.step, epoch=self.epoch, loss=mean, lr=lr,
-                               accuracy=self.accuracy_of_training, images_per_s=self.speed.recent(),
+                               accuracy=self.accuracy_of_training, **top5, images_per_s=self.speed.recent(),
                                scale=self.precision.scale, skipped=self.precision.skipped,
                                memory=self.device.max_memory_allocated(), damaged=self.loader.damaged)
                     log.scalar("train_loss", mean, self.step)
@@ -223,7 +236,7 @@ class Learner:
                     bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{self.speed.recent():.1f}", lr=f"{lr:.3g}")
                     if not math.isfinite(mean):
                         logger.warning("loss is not finite at step %d", self.step)
-                    loss_sum, correct_sum, steps = 0.0, 0.0, 0
+                    sums_3, steps = 0, 0
                 self._leave_if_asked(caught)
                 if self.save_every.due(self.step) and self.step_in_epoch < self.steps_per_epoch:
                     with self.speed.paused():
@@ -231,9 +244,10 @@ class Learner:
         self.speed.stop()
         log.record("window", **self.speed.window())
 
-    def _train_step(self, batches, lr: float):
-        """One update from `accumulate` micro-batches; the mean loss and the count of correct classes, on the device."""
-        loss_sum, correct_sum = 0.0, 0
+    def _train_step(self, batches, lr: float) -> torch.Tensor:
+        """One update from `accumulate` micro-batches; on the device, [3]: the mean loss, how many images have their own
+        class as the best, and among the five best (0 where that is not counted)."""
+        sums_3 = 0
         for micro in range(self.config.accumulate):
             images, labels = next(batches)
             last = micro == self.config.accumulate - 1
@@ -247,12 +261,13 @@ class Learner:
                     embeddings_BD = self.ddp(images)
                 out = self.head(embeddings_BD, labels)
                 self.precision.backward(out.loss / self.config.accumulate)
-            loss_sum = loss_sum + out.loss.detach() / self.config.accumulate
-            correct_sum = correct_sum + out.correct
+            loss = out.loss.detach() / self.config.accumulate
+            counts = (out.correct, torch.zeros_like(out.correct) if out.correct_top5 is None else out.correct_top5)
+            sums_3 = sums_3 + torch.stack([loss, *(count.to(loss.dtype) for count in counts)])
         optim.set_lr(self.optimizer, lr)
         self.precision.step(self.optimizer, self.head, lr, self.config.clip_grad_norm or None,
                             lambda: first_non_finite(self.ddp, lambda: self._scaled_loss(images, labels)))
-        return loss_sum, correct_sum
+        return sums_3
 
     def _scaled_loss(self, images, labels):
         with self.precision.autocast():
@@ -352,8 +367,8 @@ class Learner:
         batches = self._endless()
         for i in range(steps):
             lr = lowest * (highest / lowest) ** (i / max(1, steps - 1))
-            loss, _ = self._train_step(batches, lr)
-            smooth = 0.95 * smooth + 0.05 * float(loss)
+            loss = float(self._train_step(batches, lr)[0])
+            smooth = 0.95 * smooth + 0.05 * loss
             rates.append(lr)
             losses.append(smooth / (1 - 0.95 ** (i + 1)))  # the mean's start from zero, corrected
             if not losses[-1] < 4 * min(losses):
@@ -386,6 +401,10 @@ class Learner:
     @property
     def sharded_path(self) -> Path:
         return Path(self.config.work_path) / "sharded"
+
+    @property
+    def downloaded_path(self) -> Path:
+        return Path(self.config.work_path) / "downloaded"
 
     def _state(self) -> dict[str, Any]:
         """All that the next step depends on but the head, in the lineage's schema. Every rank has it whole."""
@@ -435,6 +454,8 @@ class Learner:
             store.save_pth(path, mapped(torch.Tensor.cpu, state))  # a file names no device
             store.prune(self.models_path, keep=self.config.keep)
             logger.info("saved %s", path)
+            if self.uploader is not None:
+                self.uploader.put(path)
         self.world.barrier()
         return path
 
@@ -467,26 +488,86 @@ class Learner:
         if classes is not None:
             self.head.load_kernel(found.head_kernel)
 
-    def _resume(self, path: str) -> None:
-        """Continues `path`, a .pth file or a sharded directory, or with "auto" the newest whole one of either kind."""
-        if path == "auto":
-            found = [p for p in (store.newest(self.models_path), sharded.newest(self.sharded_path)) if p is not None]
-            newest = max(found, key=lambda p: p.stat().st_mtime, default=None)
-            newest = self.world.all_gather_object(newest)[0]  # one rank's word for all
-            if newest is None:
-                raise CheckpointError(f"{self.config.work_path}: no whole checkpoint to resume: train first, or name "
-                                      "one")
-            path = newest
-        if Path(path).is_dir():
-            self._load_sharded(path)
+    def _resume(self, wanted: str) -> Optional[Path]:
+        """Continues `wanted`, a .pth file or a sharded directory; "newest" or "auto" is the newest whole one of either
+        kind, and None is what comes back where "auto" finds none. All ranks take the same."""
+        if wanted not in ("auto", "newest"):
+            return self._continue(Path(wanted))
+        for path in self.world.all_gather_object(self._newest_first())[0]:  # one rank's word for all
+            if path.is_file():
+                return self._continue(path)
+            found = sharded.load_newest(path.parent, self._head_rows(), self.world)
+            if found is not None:
+                self._take_sharded(*found)
+                return found[0]
+        if wanted == "newest":
+            raise CheckpointError(f"{self.config.work_path}: no whole checkpoint to resume: train first, or name one")
+        logger.info("%s: no checkpoint to resume, the training starts from the beginning", self.config.work_path)
+        return None
+
+    def _newest_first(self) -> list:
+        """The newest checkpoint of each kind. What was downloaded counts where there is none of this machine's own:
+        uploads follow what is saved here."""
+        if not self.world.is_main:
+            return []
+        own = [store.newest(self.models_path), sharded.newest(self.sharded_path)]
+        if not any(own):
+            own = [store.newest(self.downloaded_path), sharded.newest(self.downloaded_path)]
+        return sorted((path for path in own if path is not None), key=lambda path: path.stat().st_mtime, reverse=True)
+
+    def _continue(self, path: Path) -> Path:
+        if path.is_dir():
+            self._take_sharded(path, *sharded.load(path, self._head_rows(), self.world))
         else:
             self.load(path)
-        logger.info("resumed %s at step %d", path, self.step)
+        return path
+
+    def _store(self, folder: str) -> remote.Store:
+        url = f"{self.config.fs_name.rstrip('/')}/{folder.strip('/')}"
+        return remote.Store(url, self.config.fs_ugi or os.environ.get("FS_UGI", ""))
+
+    def _download(self) -> None:
+        """Brings the store's checkpoints here, once a machine, unless there are some of this run's own."""
+        own = self.world.all_gather_object(bool(self._newest_first()))[0]
+        error = None
+        if not own and self.world.local_rank == 0:
+            try:
+                remote.download(self._store(self.config.fs_checkpoint_dir), self.downloaded_path)
+            except remote.EmptyStore as empty:
+                error = None if self.config.resume == "auto" else str(empty)
+            except CheckpointError as failed:
+                error = str(failed)
+        failures = [one for one in self.world.all_gather_object(error) if one]
+        if failures:
+            raise CheckpointError(failures[0])
+
+    def _command(self) -> str:
+        """This process's command line, without the store's password."""
+        words = shlex.join(["python", *sys.argv])
+        return words.replace(self.config.fs_ugi, "***") if self.config.fs_ugi else words
+
+    def _check_memory(self) -> None:
+        """Refuses a head that would not fit, before it is allocated. Beside it the device has to hold the backbone's
+        gradients, momentum and masters, and what --memory_reserve asks for."""
+        config = self.config
+        form = plan.Form(DTYPES[config.centers_dtype],
+                         None if config.momentum_dtype == "none" or not config.momentum else
+                         DTYPES[config.momentum_dtype], config.momentum_on_host)
+        head = plan.HeadPlan(
+            self.dataset.num_classes, config.embedding_size, self.world.size,
+            config.batch_size // (self.world.size * config.accumulate), config.sample_rate, form, config.head_update,
+            config.update_rows, self.device.kind, torch.empty(0, dtype=self.precision.policy.compute).element_size())
+        backbone = 3 * 4 * sum(parameter.numel() for parameter in self.backbone.parameters())
+        sharing = self.world.local_size
+        host = Device("cpu").free_memory() // sharing
+        device = self.device.free_memory() // (sharing if self.device.kind == "cpu" else 1)
+        plan.check(head, device - backbone - plan.parse_size(config.memory_reserve), host)
 
     def _head_rows(self) -> dict:
         """What this rank holds of the head's tables: {name: (the stored tensor itself, its RowShard)}."""
-        tables = {name: tensor for name, tensor in self.head.local_state().items() if isinstance(tensor, torch.Tensor)}
-        return {name: (tensor, self.head.centers.shard) for name, tensor in tables.items()}
+        state, shard = self.head.local_state(), self.head.centers.shard
+        names = ("weight", "momentum", "momentum_scale")
+        return {name: (state[name], shard) for name in names if state[name] is not None}
 
     def _save_sharded(self) -> None:
         state = self._state()
@@ -495,8 +576,7 @@ class Learner:
         local = {"rng": state["training"].pop("rng")[self.world.rank]}
         self.saver.save(f"step_{self.step}", state, self._head_rows(), local)
 
-    def _load_sharded(self, path) -> None:
-        state, local = sharded.load(path, self._head_rows(), self.world)
+    def _take_sharded(self, path, state, local) -> None:
         store.check_architecture(state["meta"], self.meta, path)
         self.threshold, self.channel_order = state["meta"]["threshold"], state["meta"]["channel_order"]
         state["training"]["rng"] = [] if local is None else [local["rng"]] * self.world.size

@@ -131,6 +131,10 @@ class Store:
                     raise _Damaged(f"{relative}: {got[0]} bytes of {size} arrived, or other ones than were saved")
 
 
+class EmptyStore(CheckpointError):
+    """A store's folder that holds nothing, or is not there."""
+
+
 class _Damaged(Exception):
     """Bytes changed on their way."""
 
@@ -220,6 +224,12 @@ class Uploader:
         self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
         self._thread.start()
 
+    def __enter__(self) -> Uploader:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
     def put(self, path) -> None:
         """Uploads the checkpoint (file or directory) `path` when its turn comes; returns at once."""
         self._queue.put(Path(path))
@@ -292,7 +302,7 @@ def download(store: Store, folder, give_up_s: float = 300.0, first_wait_s: float
     sizes = patiently(store.list)
     manifests = {name for name in sizes if name.endswith(MANIFEST)}
     if not sizes.keys() - manifests:
-        raise CheckpointError(f"{store.url}: holds no files: check the address")
+        raise EmptyStore(f"{store.url}: holds no files: check the address")
     expected = {}
     for name in sorted(manifests):
         expected.update(_read_manifest(name, patiently(lambda name=name: store.read_text(name)), store.url))

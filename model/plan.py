@@ -43,6 +43,13 @@ class Form:
     momentum_dtype: torch.dtype | None
     momentum_on_host: bool = False
 
+    @property
+    def options(self) -> str:
+        """What asks for it on a command line."""
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8", None: "none"}
+        return (f"--centers_dtype={names[self.dtype]} --momentum_dtype={names[self.momentum_dtype]}"
+                f"{' --momentum_on_host' if self.momentum_on_host else ''}")
+
 
 # From the most exact to the smallest; docs/scaling.md has what each costs in quality.
 FORMS = {
@@ -189,13 +196,19 @@ class HeadPlan:
         return max(self.operations / rates.operations, self.device_traffic / rates.memory,
                    self.host_traffic / rates.host_link) + self.network_traffic / rates.network
 
+    def fits(self, device_memory: float, host_memory: float) -> bool:
+        """On a cpu both are the same memory."""
+        if self.device_type == "cpu":
+            return self.device_bytes + self.host_state <= min(device_memory, host_memory)
+        return self.device_bytes <= device_memory and self.host_state <= host_memory
+
     def most_classes(self, device_memory: float, host_memory: float) -> int:
         """How many classes would fit, to three digits."""
         fits, too_many = self.world_size, None
         while too_many is None or too_many / fits > 1.001:
             middle = fits * 2 if too_many is None else math.isqrt(fits * too_many)
             plan = replace(self, classes=middle)
-            if plan.device_bytes <= device_memory and plan.host_state <= host_memory and middle < 2**40:
+            if plan.fits(device_memory, host_memory) and middle < 2**40:
                 fits = middle
             else:
                 too_many = middle
@@ -213,7 +226,7 @@ def table(plan: HeadPlan, device_memory: float, host_memory: float, rates: Rates
     ]
     for name, form in FORMS.items():
         one = replace(plan, form=form)
-        fits = one.device_bytes <= device_memory and one.host_state <= host_memory
+        fits = one.fits(device_memory, host_memory)
         lines.append(
             f"{name:<20}{one._weight_row + one._momentum_row:>8}{one.device_state / GIB:>11.2f}"
             f"{one.device_step / GIB:>10.2f}{one.host_state / GIB:>10.2f}{'yes' if fits else 'no':>6}"
@@ -224,13 +237,11 @@ def table(plan: HeadPlan, device_memory: float, host_memory: float, rates: Rates
 
 def check(plan: HeadPlan, device_memory: float, host_memory: float) -> None:
     """Raises ModelError, and logs the table, where the plan does not fit into those bytes for the head."""
-    if plan.device_bytes <= device_memory and plan.host_state <= host_memory:
+    if plan.fits(device_memory, host_memory):
         return
     logger.error("%s", table(plan, device_memory, host_memory))
-    fitting = [name for name, form in FORMS.items()
-               if replace(plan, form=form).device_bytes <= device_memory
-               and replace(plan, form=form).host_state <= host_memory]
-    cure = f"store them as {fitting[0]}" if fitting else "use more ranks, or a smaller sample_rate"
+    fitting = [form for form in FORMS.values() if replace(plan, form=form).fits(device_memory, host_memory)]
+    cure = f"{fitting[0].options} would fit" if fitting else "use more ranks, or a smaller sample_rate"
     raise ModelError(f"{plan.classes:,} class centers need {plan.device_bytes / GIB:.1f} GiB on the device "
                      f"({device_memory / GIB:.1f} are there for them) and {plan.host_state / GIB:.1f} GiB on the host "
                      f"({host_memory / GIB:.1f} are there): {cure}; python -m model.plan shows every choice")

@@ -143,6 +143,10 @@ class Device:
     def total_memory(self) -> int:
         return self._kind.total_memory(self.index)
 
+    def free_memory(self) -> int:
+        """What can still be allocated: on the device, or of the machine (or the container) on cpu."""
+        return self._kind.free_memory(self.index)
+
     # What it can do.
 
     def supports(self, dtype: torch.dtype) -> bool:
@@ -312,6 +316,9 @@ class _Cpu:
     def total_memory(self, index):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
+    def free_memory(self, index):
+        return _machine_memory_left()
+
     def supports(self, dtype, index):
         return True
 
@@ -364,6 +371,11 @@ class _Accelerator:
 
     def total_memory(self, index):
         return self.api.get_device_properties(index).total_memory
+
+    def free_memory(self, index):
+        # torch 1.8 cannot ask the driver, and knows only of its own
+        ask = getattr(self.api, "mem_get_info", None)
+        return ask(index)[0] if ask else self.total_memory(index) - self.memory_allocated(index)
 
     def name(self, index):
         return self.api.get_device_name(index)
@@ -560,6 +572,26 @@ def _proc_status(field: str) -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _machine_memory_left() -> int:
+    """Bytes that processes can still get: of the machine, or of the container (cgroup v2 or v1) if it has less."""
+    try:
+        with open("/proc/meminfo") as file:
+            left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for folder, limit, used in (("/sys/fs/cgroup", "memory.max", "memory.current"),
+                                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            with open(f"{folder}/{limit}") as most, open(f"{folder}/{used}") as now:
+                room = int(most.read()) - int(now.read())
+            with open(f"{folder}/memory.stat") as file:  # files read lately count as used, and give way
+                room += next(int(line.split()[1]) for line in file if line.startswith("inactive_file "))
+        except (OSError, ValueError, StopIteration):  # no such cgroup, or no limit ("max")
+            continue
+        left = min(left, max(0, room))
+    return left
 
 
 def _cores() -> int:

@@ -168,6 +168,8 @@ def open_world(device: Device, timeout_s: float = 600, backend: str | None = Non
     timeout = timedelta(seconds=timeout_s)
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # torchrun may keep one store over its restarts, with the addresses of ranks that are gone.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(device.backend, store=store, rank=rank, world_size=size, timeout=timeout)
         host_group = dist.group.WORLD if device.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         world = World(**env, group=dist.group.WORLD, device=device.torch, host_group=host_group, timeout_s=timeout_s)
@@ -247,35 +249,36 @@ class _Roll:
     def explain(self, error: BaseException) -> str:
         """Why a collective failed, in one line."""
         try:
-            blame = self._blame()
-            self._leave()
+            blame, lost = self._blame()
+            self._leave(lost)
         except RuntimeError:
             blame = "rank 0 died, and with it the store in which ranks meet"
         said = " ".join(str(error).split()).split(". ")[0]
         return blame if " stopped: " in blame else f"{blame} (of {self.size} ranks; the collective said: {said[:200]})"
 
-    def _blame(self) -> str:
+    def _blame(self) -> tuple:
+        """(who, how many ranks will not come to ask the same)."""
         others = [r for r in range(self.size) if r != self.rank]
         before = {r: self._count(f"beat/{r}") for r in others}
         self._count(f"waited/{self.rank}", 1)
-        self._count("waited", 1)
         end = time.monotonic() + self.PATIENCE_S
         while time.monotonic() < end:
             if self._count("stopped"):
                 with self._lock:
-                    return self.store.get("reason").decode()
+                    return self.store.get("reason").decode(), 1
             time.sleep(0.1)
         silent = [r for r in others if not self._count(f"waited/{r}")]
         dead = [r for r in silent if self._count(f"beat/{r}") == before[r]]
         if not silent:
-            return "every rank waits, but not all at the same place: they took different ways through the program"
-        return f"rank {', '.join(map(str, dead or silent))} {'died or froze' if dead else 'hangs'}: see its log"
+            return "every rank waits, but not all at the same place: they took different ways through the program", 0
+        fate = "died or froze" if dead else "hangs"
+        return f"rank {', '.join(map(str, dead or silent))} {fate}: see its log", len(silent)
 
-    def _leave(self):
-        """Rank 0 lets those that waited leave before it, because the store may live in its process."""
+    def _leave(self, lost: int):
+        """Rank 0 leaves last, because the store may live in its process."""
         self._count("left", 1)
         end = time.monotonic() + self.PATIENCE_S
-        while self.rank == 0 and self._count("left") < self._count("waited") and time.monotonic() < end:
+        while self.rank == 0 and self._count("left") + lost < self.size and time.monotonic() < end:
             time.sleep(0.1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,10 @@ for folder in (ROOT / "test", ROOT):  # pytest's own setting does this too, wher
         sys.path.insert(0, str(folder))
 
 torch.set_num_threads(1)
+
+# Started in the background of a script, tests ignore Ctrl-C, and so would the launchers whose answer to it they try.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton decides when it is first imported whether its own functions can be interpreted, as test_triton.py wants them
 # where there is no GPU, and parts of torch import it too: so it comes before they do.

@@ -13,10 +13,11 @@ import pytest
 import torch
 from tiny_set import make_tiny_set
 
-from checkpoint import CheckpointError, store
+from checkpoint import CheckpointError, sharded, store
 from config import Config, ConfigError, replace
 from data import DataError
 from learner import Learner, Stopped
+from model import ModelError
 from runtime.device import DeviceError
 
 pytestmark = pytest.mark.core
@@ -109,6 +110,74 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_identical(base, tmp_path):
     assert_same(final_state(part), final_state(whole))
 
 
+@pytest.mark.parametrize("sample_rate", [1.0, 0.1])
+@pytest.mark.parametrize("interrupted_at", [1, 5])
+def test_a_sharded_resume_is_bit_identical(base, tmp_path, sample_rate, interrupted_at):
+    if not sharded.available():
+        pytest.skip("sharded checkpoints need torch 2.3")
+    base = replace(base, checkpoint="sharded", data_mode="synthetic", num_classes=90, max_iter=3, log_every=1,
+                   centers_dtype="bf16", momentum_dtype="int8", sample_rate=sample_rate, loss_type="adaface",
+                   head_update="backward")
+    losses = {}
+
+    class Interrupted(Learner):
+        def _leave_if_asked(self, caught):
+            if self.step == interrupted_at:
+                raise Stopped(signal.SIGTERM)
+
+    whole, part = (replace(base, work_path=str(tmp_path / name)) for name in ("whole", "part"))
+    learner = trained(whole)
+    with pytest.raises(Stopped):
+        Interrupted(part).train()
+    torch.manual_seed(99)
+    resumed = trained(replace(part, resume="newest"))
+    for one in (learner, resumed):
+        losses[one.config.work_path] = {line["step"]: line["loss"] for line in metrics(one.config)
+                                        if line["kind"] == "step"}
+    assert losses[whole.work_path][6] == losses[part.work_path][6]
+    assert resumed.head.draws == learner.head.draws == (6 if sample_rate < 1 else 0)
+    assert_same(dict(resumed.backbone.state_dict()), dict(learner.backbone.state_dict()))
+    for name, tensor in learner.head.local_state().items():
+        assert_same({name: tensor}, {name: resumed.head.local_state()[name]})
+
+
+def test_resuming_passes_over_a_damaged_checkpoint(base, caplog):
+    if not sharded.available():
+        pytest.skip("sharded checkpoints need torch 2.3")
+    base = replace(base, checkpoint="sharded", save_every=2, keep=3)
+    caplog.set_level("INFO")
+    assert Learner(replace(base, resume="auto")).resumed is None
+    assert "no checkpoint to resume, the training starts from the beginning" in caplog.text
+    trained(base)
+    newest = sharded.newest(f"{base.work_path}/sharded")
+    rows = next(newest.glob("rank_*"))
+    data = bytearray(rows.read_bytes())
+    data[len(data) // 2] ^= 1  # the index is whole: only its checksum tells
+    rows.write_bytes(data)
+    learner = Learner(replace(base, resume="auto"))
+    assert learner.resumed != newest and 0 < learner.step < 10
+    with pytest.raises(CheckpointError, match="damaged|checksum"):
+        Learner(replace(base, resume=str(newest)))
+
+
+def test_the_five_best_are_counted_in_the_same_walk(base):
+    trained(replace(base, top5=True, epochs=1, data_mode="synthetic", num_classes=20, max_iter=3, log_every=1))
+    steps = [line for line in metrics(base) if line["kind"] == "step"]
+    assert len(steps) == 3 and all(0 <= line["accuracy"] <= line["accuracy_top5"] <= 1 for line in steps)
+    assert "accuracy_top5" not in metrics(trained(replace(base, epochs=1)).config)[-3]
+
+
+def test_a_head_that_does_not_fit_is_refused_before_it_is_allocated(base, caplog):
+    base = replace(base, data_mode="synthetic", embedding_size=512, max_iter=1)
+    with pytest.raises(ModelError, match="100,000,000,000 class centers need .* use more ranks"):
+        Learner(replace(base, num_classes=10**11))
+    assert "classes that fit" in caplog.text
+    with pytest.raises(ModelError, match="class centers need"):
+        Learner(replace(base, num_classes=1000, memory_reserve="1000TB"))
+    with pytest.raises(ModelError, match="'much' is not a size"):
+        Learner(replace(base, num_classes=1000, memory_reserve="much"))
+
+
 def test_sigterm_saves_and_leaves(base, root):
     arguments = [f"--{k}={v}" for k, v in base.as_dict().items()
                  if v != getattr(Config(), k) and not isinstance(v, list)]
@@ -170,7 +239,9 @@ def test_what_does_not_fit_is_one_line(base, tmp_path):
         Learner(replace(base, net_mode="ir", net_depth=18, resume=str(path)))
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        Learner(replace(base, resume="auto", work_path=str(tmp_path / "empty")))
+        Learner(replace(base, resume="newest", work_path=str(tmp_path / "empty")))
+    with pytest.raises(ConfigError, match="name it by --fs_name"):
+        Learner(replace(base, fs_dir_for_save="models"))
     with pytest.raises(DataError, match="21"):
         Learner(replace(base, batch_size=21))
     with pytest.raises(ConfigError, match="multiple of 3"):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,12 +95,16 @@ def test_the_floor_is_the_slowest_of_three():
 
 def test_what_does_not_fit_is_refused_with_the_table(caplog):
     check(HeadPlan(10**6), 10 * GIB, 0)
-    with pytest.raises(ModelError, match="store them as bf16 . int8; python -m model.plan shows every choice") as error:
+    with pytest.raises(ModelError, match="--centers_dtype=bf16 --momentum_dtype=int8 would fit; pyth") as error:
         check(HeadPlan(80 * 10**6, sample_rate=0.02), 123 * GIB, 0)
     assert "\n" not in str(error.value) and "80,000,000 class centers need 305.7 GiB on the device" in str(error.value)
     assert "bf16 + host bf16" in caplog.text and "classes that fit" in caplog.text
     with pytest.raises(ModelError, match="use more ranks"):
         check(HeadPlan(10**9), 10 * GIB, 0)
+    # a cpu's momentum "on the host" lies in the same memory
+    form = FORMS["bf16 + host bf16"]
+    plan = HeadPlan(10**7, form=form, sample_rate=0.001)
+    assert plan.fits(12 * GIB, 12 * GIB) and not replace(plan, device_type="cpu").fits(12 * GIB, 12 * GIB)
 
 
 @pytest.mark.parametrize("text, size", [("139GiB", 139 * GIB), ("80GB", 80 * 10**9), ("512 mib", 2**29), ("1000", 1000),
