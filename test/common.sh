@@ -5,7 +5,9 @@
 # Options: --device_type=npu|cuda|gpu|cpu (else the first of npu, cuda, cpu that is there), --device_id= of the first
 # rank, --data_path=, --pth_path=, and every other option of config.py in either spelling. They win over the recipe.
 # Environment: RANK_SIZE ranks on this machine (1p launchers: always 1); NNODES NODE_RANK MASTER_ADDR MASTER_PORT for
-# several machines; OMP_NUM_THREADS threads of a rank (else its share of the cores); PYTHON the interpreter.
+# several machines; MAX_RESTARTS how often torchrun starts all ranks again after one died (0; give --resume=auto,
+# --checkpoint=sharded and --save_every with it); OMP_NUM_THREADS threads of a rank (else its share of the cores);
+# PYTHON the interpreter.
 # Leaves metrics.jsonl, rank_N.log and the report in test/output/RUN/ or --run_dir. Ends with the status of the rank
 # that failed first.
 set -u
@@ -25,6 +27,7 @@ launch() {
     need_number RANK_SIZE "$ranks" 1
     need_number NNODES "$nodes" 1
     need_number NODE_RANK "$node" 0
+    need_number MAX_RESTARTS "${MAX_RESTARTS:-0}" 0
     [ "$node" -lt "$nodes" ] || fail "NODE_RANK=$node does not exist among NNODES=$nodes machines; they count from 0"
     [ "$nodes" -eq 1 ] || [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$nodes needs MASTER_ADDR, the address of machine 0"
     choose_python
@@ -166,7 +169,7 @@ starter() {  # torch.distributed.run, and before torch 1.9 its forerunner
 import importlib.util, os
 folder = os.path.join(importlib.util.find_spec('torch').submodule_search_locations[0], 'distributed')
 new = os.path.exists(os.path.join(folder, 'run.py'))
-print('torch.distributed.run --max_restarts=0' if new else 'torch.distributed.launch --use_env')"
+print('torch.distributed.run --max_restarts=${MAX_RESTARTS:-0}' if new else 'torch.distributed.launch --use_env')"
 }
 
 # Runs COMMAND..., hands signals on to it, and returns its status.
@@ -194,10 +197,10 @@ one_rank() {
     shift 2
     if [ "${LOCAL_RANK:-0}" -eq 0 ]; then
         # what writes the log outlives the signals that the rank, or its whole group, gets
-        exec > >(trap "" INT TERM HUP; exec tee "$folder/rank_$rank.log") 2>&1
+        exec > >(trap "" INT TERM HUP; exec tee -a "$folder/rank_$rank.log") 2>&1
         screen=$!
     else
-        exec >"$folder/rank_$rank.log" 2>&1
+        exec >>"$folder/rank_$rank.log" 2>&1
     fi
     supervise as_rank "$state/$rank.pid" "$@"
     status=$?
@@ -224,14 +227,13 @@ end_stragglers() {
 
 explain_failure() {  # STATUS RUN_DIR: returns only where every rank ended well
     local rank status log
+    [ "$1" -ne 0 ] || return 0  # a rank that failed before a restart is no failure
     if read -r rank status 2>/dev/null <"$state/failed"; then
         log=$2/rank_$rank.log
         echo "error: rank $rank ended with status $status; the end of $log:" >&2
-    elif [ "$1" -ne 0 ]; then
+    else
         status=$1 log=$2/launcher.log
         echo "error: the ranks could not be started (status $status); the end of $log:" >&2
-    else
-        return 0
     fi
     [ ! -e "$log" ] || tail -n 15 "$log" >&2
     exit "$status"

@@ -3,6 +3,7 @@ test/common.sh, config.py and runtime/ are the project's own."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -37,6 +38,9 @@ print("working", rank, flush=True)
 do, _, argument = os.environ.get(f"RANK_{rank}", "").partition(" ")
 if do == "exit":
     print("error: no luck", file=sys.stderr)
+    sys.exit(int(argument))
+if do == "exit_once" and not os.path.exists(f"{folder}/was_here"):
+    open(f"{folder}/was_here", "w").close()
     sys.exit(int(argument))
 if do == "die":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -220,6 +224,16 @@ def test_a_failing_single_rank_does_so_too(project, does, status, last):
     assert run.status == status and "Final" not in run.out
     assert f"error: rank 0 ended with status {status}; the end of" in run.err
     assert last in run.err.splitlines()[-1]
+
+
+def test_a_rank_that_failed_once_is_no_failure_where_torchrun_may_start_again(project):
+    if importlib.util.find_spec("torch.distributed.run") is None:
+        pytest.skip("torch.distributed.launch starts nothing again")
+    once = dict(RANK_SIZE=2, RANK_1="exit_once 7")
+    run = launch(project, "train_full_8p", "--device_type=cpu", MAX_RESTARTS=1, **once)
+    assert run.status == 0 and "Final" in run.out, run.err
+    assert (run.folder / "rank_1.log").read_text() == "working 1\nworking 1\n"
+    assert launch(project, "train_full_8p", "--device_type=cpu", **once).status == 7
 
 
 def test_a_report_that_fails_is_not_a_success(project):
