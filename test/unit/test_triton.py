@@ -1,4 +1,4 @@
-"""The Triton kernels, in Triton's interpreter on a CPU: against the chunked walk in plain torch."""
+"""The Triton kernels against the chunked walk in plain torch: on a GPU where there is one, else interpreted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from runtime.shard import RowShard
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIM = 40  # ragged: no multiple of a block
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter():
     """Our kernels look when they are first imported, in this file's first test; Triton's own, in conftest.py."""
+    if DEVICE == "cuda":
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         yield
@@ -42,17 +46,17 @@ def small_blocks(monkeypatch):
 def run(op, dtype=torch.float32, batch=19, classes=90, index_R=None, operand=torch.float32, zero=False, **spec):
     """(loss_B, top1_B, top5_B, d emb, d centers) in float32."""
     generator = torch.Generator().manual_seed(0)
-    emb_BD = torch.randn(batch, DIM, generator=generator)
-    label_B = torch.randint(classes if index_R is None else index_R.shape[0], (batch,), generator=generator)
-    centers = Centers(RowShard.of(classes), DIM, dtype=dtype, seed=1)
+    emb_BD = torch.randn(batch, DIM, generator=generator).to(DEVICE)
+    label_B = torch.randint(classes if index_R is None else len(index_R), (batch,), generator=generator).to(DEVICE)
+    centers = Centers(RowShard.of(classes), DIM, dtype=dtype, seed=1, device=torch.device(DEVICE))
     if zero:
         emb_BD[2], centers.weight[5] = 0, 0
     emb_BD.requires_grad_()
-    rows = centers.rows(index_R)
+    rows = centers.rows(None if index_R is None else index_R.to(DEVICE))
     spec.setdefault("margin", lambda c, n: margins.arcface(c, 0.5))
     spec = LossSpec(operand=operand, top5=True, **{"s": 16.0, **spec})
     result = choose_op(op, emb_BD.device).run(emb_BD, rows, label_B, spec, ALONE)
-    (result.loss_B * torch.linspace(0.5, 2, batch)).sum().backward()
+    (result.loss_B * torch.linspace(0.5, 2, batch, device=DEVICE)).sum().backward()
     return result.loss_B.detach(), result.top1_B, result.top5_B, emb_BD.grad, rows.grad
 
 
@@ -105,12 +109,12 @@ FORMS = {
 
 
 def train(op, steps=3, sample_rate=1.0, **kw):
-    head = MarginHead(70, 130, s=16.0, seed=3, op=op, sample_rate=sample_rate, **kw)
+    head = MarginHead(70, 130, s=16.0, seed=3, op=op, sample_rate=sample_rate, device=DEVICE, **kw)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
-        emb_BD = torch.randn(6, 130, generator=generator).requires_grad_()
-        label_B = torch.randint(70, (6,), generator=generator)
-        head.set_lr(0.1, torch.tensor(1 / 8) if step else 1 / 8)
+        emb_BD = torch.randn(6, 130, generator=generator).to(DEVICE).requires_grad_()
+        label_B = torch.randint(70, (6,), generator=generator).to(DEVICE)
+        head.set_lr(0.1, torch.tensor(1 / 8, device=DEVICE) if step else 1 / 8)
         (head(emb_BD, label_B).loss * 8).backward()
         head.step(0.1, 1 / 8)
     return head.centers
@@ -137,33 +141,34 @@ def test_the_update_is_the_plain_one_with_the_same_noise(form, update, sample_ra
 def test_an_update_that_does_not_count_changes_no_bit(form):
     kw = {"momentum": 0.9, **FORMS[form]}
     kw.pop("momentum_on_host", None)
-    centers = Centers(RowShard.of(9), 130, **kw)
+    centers = Centers(RowShard.of(9), 130, device=torch.device(DEVICE), **kw)
     centers.update_kernel = choose_op("triton", centers.device).update_rows
     rows = centers.rows()
-    rows.update(0, 9, torch.randn(9, 130), Update(0.1, centers.momentum, 5e-4, noise_key=4))
+    rows.update(0, 9, torch.randn(9, 130, device=DEVICE), Update(0.1, centers.momentum, 5e-4, noise_key=4))
     before = {name: t.clone() for name, t in centers.state().items() if torch.is_tensor(t)}
-    skip = Update(0.1, centers.momentum, 5e-4, keep=torch.tensor(False), noise_key=5)
-    rows.update(0, 9, torch.full((9, 130), float("nan")), skip)
+    skip = Update(0.1, centers.momentum, 5e-4, keep=torch.tensor(False, device=DEVICE), noise_key=5)
+    rows.update(0, 9, torch.full((9, 130), float("nan"), device=DEVICE), skip)
     assert all(torch.equal(t, before[name]) for name, t in centers.state().items() if torch.is_tensor(t))
     version = rows.version
-    rows.update(0, 9, torch.zeros(9, 130), Update(0.1, centers.momentum, 5e-4, keep=torch.tensor(True), noise_key=6))
+    keep = torch.tensor(True, device=DEVICE)
+    rows.update(0, 9, torch.zeros(9, 130, device=DEVICE), Update(0.1, centers.momentum, 5e-4, keep=keep, noise_key=6))
     assert rows.version > version
 
 
 def test_what_is_not_finite_does_not_get_through():
-    head = MarginHead(70, 130, op="triton", update="backward")
+    head = MarginHead(70, 130, op="triton", update="backward", device=DEVICE)
     before_CD = head.centers.weight.clone()
     head.set_lr(0.1)
-    emb_BD = torch.full((3, 130), float("nan")).requires_grad_()
-    head(emb_BD, torch.tensor([1, 2, 3])).loss.backward()
+    emb_BD = torch.full((3, 130), float("nan"), device=DEVICE).requires_grad_()
+    head(emb_BD, torch.tensor([1, 2, 3], device=DEVICE)).loss.backward()
     assert torch.equal(head.centers.weight, before_CD) and torch.isnan(emb_BD.grad).all()
 
 
 def test_where_it_cannot_run(monkeypatch):
     with pytest.raises(ModelError, match="'triton' computes in float32: choose chunked for float64"):
-        head = MarginHead(9, 8, op="triton", dtype=torch.float64)
-        head(torch.zeros(2, 8, dtype=torch.float64), torch.tensor([0, 1]))
-    monkeypatch.delenv("TRITON_INTERPRET")
+        head = MarginHead(9, 8, op="triton", dtype=torch.float64, device=DEVICE)
+        head(torch.zeros(2, 8, dtype=torch.float64, device=DEVICE), torch.tensor([0, 1], device=DEVICE))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ModelError, match="'triton' cannot run on cpu: its kernels are for cuda; choose auto"):
         MarginHead(9, 8, op="triton")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
