@@ -19,6 +19,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -73,6 +74,19 @@ class Rates:
     memory: float = 4.3e12
     host_link: float = 50e9
     network: float = 50e9
+
+
+class Collective(NamedTuple):
+    """What the ranks exchange at once. kind: "all_gather", "all_reduce" or "reduce_scatter". size: bytes of the whole
+    tensor: what all ranks have after a gather, or each of them before a reduction."""
+
+    what: str
+    kind: str
+    size: int
+
+    def sent(self, ranks: int) -> float:
+        """Bytes that each rank sends where they form a ring, which is the least that there is."""
+        return (2 if self.kind == "all_reduce" else 1) * (ranks - 1) / ranks * self.size
 
 
 @dataclass(frozen=True)
@@ -184,12 +198,25 @@ class HeadPlan:
         return float(self.drawn * self._momentum_row) if self.form.momentum_on_host else 0.0
 
     @property
-    def network_traffic(self) -> float:
-        """Bytes that a rank sends in a step: embeddings gathered, their gradients reduced, a few numbers an image."""
+    def collectives(self) -> tuple:
+        """Those of a step of the head, in the order in which it calls them; none on one rank."""
         if self.world_size == 1:
-            return 0.0
-        share = (self.world_size - 1) / self.world_size
-        return share * 4 * self.global_batch * (2 * self.embedding_size + 2 * 4)
+            return ()
+        images = self.global_batch
+        rows = 4 * images * self.embedding_size
+        # gloo has no reduce_scatter: `World.reduce_scatter_rows` reduces everywhere there, and each rank takes its part
+        scatter = "all_reduce" if self.device_type == "cpu" else "reduce_scatter"
+        return (Collective("labels", "all_gather", 8 * images),
+                Collective("embeddings", "all_gather", rows),
+                Collective("the target's value", "all_reduce", 4 * images),
+                Collective("the largest logit, and before filtering", "all_reduce", 2 * 4 * images),
+                Collective("sum of exponentials, and how many are better", "all_reduce", 2 * 4 * images),
+                Collective("gradient of the embeddings", scatter, rows))
+
+    @property
+    def network_traffic(self) -> float:
+        """Bytes that a rank sends in a step of the head."""
+        return float(sum(collective.sent(self.world_size) for collective in self.collectives))
 
     def seconds(self, rates: Rates = Rates()) -> float:
         """The floor of a step of the head."""

@@ -80,7 +80,11 @@ def test_a_step_grows_with_what_is_drawn_not_with_what_there_is():
     assert HeadPlan(10**8, sample_rate=0.01, update_rows="all").device_traffic > 10 * large.device_traffic
     ranks = HeadPlan(10**8, sample_rate=0.01, world_size=8)
     assert ranks.rows == 10**8 // 8 and ranks.global_batch == 8 * 128 and large.network_traffic == 0
-    assert ranks.network_traffic == 7 / 8 * 4 * 1024 * (2 * 512 + 8)
+    # embeddings and their gradient; int64 labels; five numbers an image, which travel twice
+    assert ranks.network_traffic == 7 / 8 * 1024 * (4 * 2 * 512 + 8 + 2 * 4 * 5)
+    # gloo has no reduce_scatter: the gradient travels twice
+    cpu = HeadPlan(10**8, sample_rate=0.01, world_size=8, device_type="cpu")
+    assert cpu.network_traffic == 7 / 8 * 1024 * (4 * 3 * 512 + 8 + 2 * 4 * 5)
 
 
 def test_the_floor_is_the_slowest_of_three():
