@@ -94,6 +94,13 @@ def make_sgd(
     return optimizer
 
 
+def sgd_kind(optimizer: torch.optim.Optimizer) -> str:
+    """Which of SGD_KINDS make_sgd built."""
+    if getattr(optimizer, "is_fused_optimizer", False):
+        return "npu_fused_sgd"
+    return next((f"sgd_{how}" for how in ("fused", "foreach") if optimizer.defaults.get(how)), "sgd_plain")
+
+
 def _sgd_kinds(groups: Sequence[dict], device: Device) -> list[str]:
     """The kinds that device and dtypes allow, best first."""
     dtypes = {p.dtype for group in groups for p in group["params"]}

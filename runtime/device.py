@@ -550,7 +550,7 @@ def _keep_freed_memory() -> None:
     """Let this process keep the memory that tensors give up instead of handing each big block back to the system.
 
     Otherwise every step has its activations' pages zeroed anew, half of a MobileFaceNet step's time at batch 64
-    (benchmark/step_cpu.py). Where the C library has no such switch, nothing changes.
+    (benchmark/step.py). Where the C library has no such switch, nothing changes.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)'s parameters in glibc's malloc.h
     try:
