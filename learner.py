@@ -266,12 +266,13 @@ class Learner:
             sums_3 = sums_3 + torch.stack([loss, *(count.to(loss.dtype) for count in counts)])
         optim.set_lr(self.optimizer, lr)
         self.precision.step(self.optimizer, self.head, lr, self.config.clip_grad_norm or None,
-                            lambda: first_non_finite(self.ddp, lambda: self._scaled_loss(images, labels)))
+                            lambda: first_non_finite(self.backbone, lambda: self._scaled_loss(images, labels)))
         return sums_3
 
     def _scaled_loss(self, images, labels):
+        # by the eager module: hooks see nothing inside a compiled one
         with self.precision.autocast():
-            embeddings_BD = self.ddp(images)
+            embeddings_BD = self.backbone(images)
         return self.head(embeddings_BD, labels).loss * self.precision.scale
 
     def _to_device(self, batch):

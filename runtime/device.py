@@ -87,11 +87,15 @@ class Device:
         self._kind.tune(tf32, autotune)
 
     def compiled(self, module):
-        """torch.compile of a module. Raises DeviceError, one line, where this torch or machine cannot compile."""
-        missing = _missing_for_compiling(self)
+        """torch.compile of a module for inputs of one shape. It shares the module's parameters; the module stays eager.
+
+        Compiles and runs a tiny function first: a machine that cannot do that raises DeviceError, one line, here and
+        not with a traceback at the first step.
+        """
+        missing = _missing_for_compiling(self) or _why_compiling_fails(self)
         if missing:
             raise DeviceError(f"static mode (torch.compile) on {self}: {missing}, or leave --static out")
-        return torch.compile(module)
+        return torch.compile(module, dynamic=False)
 
     def seed(self, seed: int) -> None:
         """Seed Python's, NumPy's, torch's and the device's generators."""
@@ -544,6 +548,16 @@ def _missing_for_compiling(device: Device) -> str | None:
             and importlib.util.find_spec("torch_npu._inductor") is None:
         return "this torch_npu has no graph compiler; install a newer torch_npu"
     return None
+
+
+@functools.cache
+def _why_compiling_fails(device: Device) -> str | None:
+    """What a tiny function's compilation ends with; None where it compiles and computes."""
+    try:
+        doubled = torch.compile(lambda x: x.sin() * 2, dynamic=False)(torch.ones(16, device=device.torch))
+    except RuntimeError as error:  # of torch._dynamo and torch._inductor, whose classes move between versions
+        return f"compiling a tiny function fails ({_first_line(error)}); repair the compiler"
+    return None if torch.allclose(doubled.cpu(), torch.ones(16).sin() * 2) else "it computes wrong numbers"
 
 
 def _keep_freed_memory() -> None:
