@@ -496,12 +496,17 @@ def _scaler_of(kind):
 @functools.cache
 @torch.no_grad()
 def _has_arithmetic(device: Device, dtype: torch.dtype) -> bool:
-    """Whether convolution and matrix product exist there in that dtype. Without backward(): torch 1.8 may hang where
-    the process ends right after its first one."""
+    """Whether convolution, batch norm and matrix product exist there in that dtype; batch norm with the fp32 weights
+    that it keeps beside half activations. Without backward(): torch 1.8 may hang where the process ends right after
+    its first one."""
+    kept = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     try:
         images = torch.ones(2, 3, 8, 8, device=device.torch, dtype=dtype)
         kernel = torch.ones(4, 3, 3, 3, device=device.torch, dtype=dtype)
-        features_B4 = torch.nn.functional.conv2d(images, kernel).mean((2, 3))
+        maps = torch.nn.functional.conv2d(images, kernel)
+        zeros_4, ones_4 = (make(4, device=device.torch, dtype=kept) for make in (torch.zeros, torch.ones))
+        maps = torch.nn.functional.batch_norm(maps, zeros_4, ones_4, ones_4, ones_4, training=True)  # all 1 again
+        features_B4 = maps.mean((2, 3))
         return bool((features_B4 @ features_B4.t() > 0).all())
     except (RuntimeError, TypeError):
         return False

@@ -169,7 +169,8 @@ def test_supports_tells_what_trains_here():
     assert CPU.supports(torch.float32) and CPU.supports(torch.float64)
     assert not CPU.supports(torch.int64)
     recent = hasattr(torch, "autocast")
-    assert CPU.supports(torch.float16) is recent  # torch 1.8 has no half convolution on cpu
+    # torch 1.8 has no float16 convolution on cpu, and no bfloat16 batch norm
+    assert CPU.supports(torch.float16) is CPU.supports(torch.bfloat16) is recent
 
 
 def test_the_probe_leaves_the_random_numbers_alone():
