@@ -35,7 +35,7 @@ def main() -> int:
     sets = find_sets(config)
     device = parse_device(config.device_type, config.device_id + ranks["local_rank"])
     device.set()
-    with open_world(device, config.dist_timeout) as world:
+    with open_world(device, config.dist_timeout) as world, device.failures_explained():
         evaluate(config, sets, device, world)
     return 0
 
@@ -72,7 +72,7 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
     with log.RunLog(run_dir, world, config.as_dict(), tensorboard=False) as run_log:
         run_log.record(
             "run", task="evaluate", case=config.case, network=learner.network, batch_size=config.eval_batch_size,
-            device=device.describe(), command=shlex.join(["python", *sys.argv]),
+            device=device.describe(), command=shlex.join(["python", *sys.argv]), fast_paths=learner.fast_paths(),
         )  # fmt: skip
         results = learner.evaluate(sets)
         records = {name: embed.as_record(result) for name, result in results.items()}

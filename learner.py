@@ -43,6 +43,8 @@ USER_ERRORS = (ConfigError, data.DataError, model.ModelError, optim.OptimError, 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
           "none": torch.float32}
 
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
 # The first steps compile kernels, fill caches and start workers: they do not count as speed.
 WARMUP_STEPS = 5
 
@@ -69,7 +71,7 @@ class Learner:
         self.world = world
         self.device = device or parse_device(config.device_type, config.device_id)
         self.device.set()
-        self.device.tune(config.tf32, config.autotune)
+        self.tuned = self.device.tune(config.tf32, config.autotune)
         self.device.seed(config.seed)  # the same weights on every rank
         self.threshold: Optional[float] = None
         self.channel_order = config.channel_order or "rgb"
@@ -78,8 +80,7 @@ class Learner:
         l2_norm = False if config.loss_type in ("adaface", "linear_softmax") else None
         self.backbone = model.create_model(config.net_mode, config.net_depth, config.embedding_size,
                                            dropout=config.drop_ratio, l2_norm=l2_norm)
-        self.memory_format = {"auto": self.device.memory_format, "contiguous": torch.contiguous_format,
-                              "channels_last": torch.channels_last}[config.memory_format]
+        self.memory_format = {"auto": self.device.memory_format, **MEMORY_FORMATS}[config.memory_format]
         self.backbone.to(device=self.device.torch, memory_format=self.memory_format)
         scaling = parse_loss_scale(config.loss_scale, init_loss_scaling=config.init_loss_scaling,
                                    incr_every_n_steps=config.incr_every_n_steps,
@@ -93,6 +94,7 @@ class Learner:
         self.log: Optional[runlog.RunLog] = None
         self.saver: Optional[sharded.Saver] = None
         self.uploader: Optional[remote.Uploader] = None
+        self.optimizer: Optional[torch.optim.Optimizer] = None
         if training:
             self._build_training()
         else:
@@ -178,7 +180,7 @@ class Learner:
             self.log.record("run", case=config.case, network=self.network, batch_size=config.batch_size,
                             command=self._command(), device=self.device.describe(),
                             num_classes=self.meta["num_classes"], images=len(self.dataset),
-                            opt_level=self.precision.policy.name)
+                            opt_level=self.precision.policy.name, fast_paths=self.fast_paths())
             if config.with_test and self.step == 0:
                 self._verify(untrained=True)
             self.speed = Speed(self.device, world, config.batch_size,
@@ -394,6 +396,18 @@ class Learner:
         """Name for reports: ir_se_100."""
         c = self.config
         return c.net_mode if c.net_mode == "mobilefacenet" else f"{c.net_mode}_{c.net_depth}"
+
+    def fast_paths(self) -> dict[str, Any]:
+        """Which of the things that only speed depends on are on, for reports."""
+        paths = {
+            "opt_level": self.precision.policy.name,
+            "memory_format": next(name for name, value in MEMORY_FORMATS.items() if value == self.memory_format),
+            **self.tuned,
+        }
+        if self.optimizer is not None:
+            paths.update(static=self.config.static, sgd=optim.sgd_kind(self.optimizer), head_op=self.head.op.name,
+                         copy_beside_compute=self.device.kind != "cpu")
+        return paths
 
     @property
     def models_path(self) -> Path:

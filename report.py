@@ -111,6 +111,7 @@ def summarise(lines: list[dict], case: str = "") -> tuple[dict, dict]:
         "ended": ends[-1].get("time"),
         "machine": run.get("device", {}).get("machine", platform.machine()),
         "device": run.get("device", {}),
+        "fast_paths": run.get("fast_paths", {}),
         "versions": run.get("versions", {}),
         "commit": run.get("commit"),
         "command": run.get("command"),
@@ -383,6 +384,7 @@ def page(report: dict, curves: dict, contact_sheet: Path) -> str:
         "sheet": sheet,
         "missing": "".join(f"<li>{html.escape(text)}</li>" for text in missing),
         "machine": _pairs_table({**_device(report["device"]), **report["versions"], "commit": report["commit"]}),
+        "fast": _pairs_table(report["fast_paths"]),
         "command": html.escape(report["command"] or "not recorded"),
         "config": _pairs_table(report["config"]),
     }
@@ -470,6 +472,7 @@ $figures
 $sheet
 $missing
 <h2>Hardware and versions</h2>$machine
+<h2>Fast paths</h2>$fast
 <h2>Command</h2><pre>$command</pre>
 <details><summary>All options</summary>$config</details>
 </main></body></html>

@@ -154,8 +154,8 @@ class Step:
         build = {"ours": self._ours, "plain": self._plain, "peer": self._peer}[case.form.net]
         self.net, self._take, self._cast, memory_format, sgd, opt_level = build()
         self.memory_format = FORMATS[memory_format]
-        self.on = {"memory_format": memory_format, "sgd": sgd, "static": case.form.static, "tf32": case.form.tf32,
-                   "autotune": case.form.autotune, "feed": case.form.feed, "opt_level": opt_level}
+        self.on = {"memory_format": memory_format, "sgd": sgd, "static": case.form.static,
+                   **device.tune(case.form.tf32, case.form.autotune), "feed": case.form.feed, "opt_level": opt_level}
         batch = draw_batch(case.batch_size, case.classes)
         if device.kind != "cpu":
             batch = tuple(tensor.pin_memory() for tensor in batch)

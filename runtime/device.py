@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +47,7 @@ class Device:
     index: int = 0
 
     def __str__(self) -> str:
-        return str(self.torch)
+        return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
     @property
     def _kind(self):
@@ -81,10 +81,12 @@ class Device:
         """Wait until everything queued on the device is done."""
         self._kind.synchronize(self.index)
 
-    def tune(self, tf32: bool = False, autotune: bool = True) -> None:
+    def tune(self, tf32: bool = False, autotune: bool = True) -> dict:
         """tf32: let fp32 matrix products and convolutions drop mantissa bits (TF32 on cuda, HF32 on npu), process-wide.
-        autotune: try convolution algorithms on each new shape and keep the quickest (cudnn); for fixed shapes."""
-        self._kind.tune(tf32, autotune)
+        autotune: try convolution algorithms on each new shape and keep the quickest (cudnn); for fixed shapes.
+
+        Returns {"tf32", "autotune"}: which of them are on now; False where the device has no such switch."""
+        return self._kind.tune(tf32, autotune)
 
     def compiled(self, module):
         """torch.compile of a module for inputs of one shape. It shares the module's parameters; the module stays eager.
@@ -96,6 +98,24 @@ class Device:
         if missing:
             raise DeviceError(f"static mode (torch.compile) on {self}: {missing}, or leave --static out")
         return torch.compile(module, dynamic=False)
+
+    @contextmanager
+    def failures_explained(self) -> Iterator[None]:
+        """While open, what the driver raises for a device that vanished, hung or is full becomes a DeviceError of one
+        line with the cure. Errors of collectives stay as they are: runtime.dist says which rank is to blame."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error)
+            if isinstance(error, DeviceError) or re.search(r"nccl|hccl|gloo", said, re.IGNORECASE):
+                raise
+            if re.search(r"out of memory|not enough memory|can't allocate memory", said):
+                raise DeviceError(f"{self} is out of memory ({_first_line(error)}): lower --batch_size, or split it "
+                                  "with --accumulate; `python -m model.plan` says what the classes take") from error
+            if not re.search(self._kind.driver_errors, said):
+                raise
+            raise DeviceError(f"{self} failed while it computed ({_first_line(error)}): see whether {self._kind.tool} "
+                              "still lists it, and go on with --resume or on another --device_id") from error
 
     def seed(self, seed: int) -> None:
         """Seed Python's, NumPy's, torch's and the device's generators."""
@@ -285,6 +305,7 @@ class _Cpu:
     backend = "gloo"
     memory_format = torch.contiguous_format
     profiler_activities = ()
+    driver_errors, tool = r"(?!)", ""  # it has no driver that could fail
 
     def reason_unavailable(self):
         return None
@@ -308,7 +329,7 @@ class _Cpu:
         return _proc_status("VmHWM")
 
     def tune(self, tf32, autotune):
-        pass
+        return {"tf32": False, "autotune": False}
 
     def reset_peak_memory(self, index):
         try:
@@ -387,6 +408,7 @@ class _Accelerator:
 
 class _Cuda(_Accelerator):
     backend = "nccl"
+    driver_errors, tool = r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|CUDNN_STATUS|HIP error", "nvidia-smi"
     profiler_activities = ("CUDA",)
 
     @property
@@ -396,6 +418,7 @@ class _Cuda(_Accelerator):
     def tune(self, tf32, autotune):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = autotune
+        return {"tf32": tf32, "autotune": autotune}
 
     def reason_unavailable(self):
         if not torch.backends.cuda.is_built():
@@ -429,6 +452,7 @@ class _Cuda(_Accelerator):
 
 class _Npu(_Accelerator):
     backend = "hccl"
+    driver_errors, tool = r"NPU (function )?error|ERR\d{5}|\bE[A-Z]\d{4}\b|\bacl\w+|ACL stream", "npu-smi info"
     profiler_activities = ("NPU", "PrivateUse1")
 
     @property
@@ -436,9 +460,12 @@ class _Npu(_Accelerator):
         return torch.npu
 
     def tune(self, tf32, autotune):
-        for products in ("matmul", "conv"):  # torch_npu 2.x; older ones have no such switch
-            if hasattr(getattr(self.api, products, None), "allow_hf32"):
-                getattr(self.api, products).allow_hf32 = tf32
+        # torch_npu 2.x; older ones have no such switch
+        switches = [getattr(self.api, products, None) for products in ("matmul", "conv")]
+        switches = [switch for switch in switches if hasattr(switch, "allow_hf32")]
+        for switch in switches:
+            switch.allow_hf32 = tf32
+        return {"tf32": tf32 and bool(switches), "autotune": False}
 
     def reason_unavailable(self):
         reason = _load_torch_npu()

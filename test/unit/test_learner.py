@@ -18,7 +18,8 @@ from config import Config, ConfigError, replace
 from data import DataError
 from learner import Learner, Stopped
 from model import ModelError
-from runtime.device import DeviceError
+from runtime.device import Device, DeviceError
+from runtime.precision import PrecisionError
 
 pytestmark = pytest.mark.core
 
@@ -295,6 +296,59 @@ def test_profile_leaves_a_trace_and_the_dearest_operations(base):
     assert any("convolution" in str(event.get("name")) for event in events)
     with open(f"{folder}/operations.txt") as file:
         assert "convolution" in file.read()
+
+
+def test_the_run_says_which_fast_paths_were_on(base):
+    trained(replace(base, epochs=1, max_iter=1, memory_format="channels_last", tf32=True))
+    (run, *_) = metrics(base)
+    quickest = "sgd_foreach" if "sgd_foreach" in Device("cpu").fused_optimizers() else "sgd_plain"
+    assert run["fast_paths"] == {
+        "opt_level": "O0", "memory_format": "channels_last", "tf32": False, "autotune": False, "static": False,
+        "sgd": quickest, "head_op": "chunked", "copy_beside_compute": False,
+    }  # fmt: skip
+    evaluating = Learner(base, training=False)
+    assert evaluating.fast_paths()["opt_level"] == "O0" and "sgd" not in evaluating.fast_paths()
+
+
+@pytest.mark.parametrize("options, error, message", [
+    (dict(opt_level="O5"), ConfigError, "--opt_level 'O5': choose from auto, O0, O1, O2"),
+    (dict(loss_scale="0"), PrecisionError, "loss_scale '0': give a positive number such as 128.0, or 'dynamic'"),
+    (dict(device_type="tpu"), DeviceError, "device 'tpu': choose from auto"),
+])
+def test_faults_of_precision_and_device_are_one_line(base, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        Learner(replace(base, **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_vanishes_ends_the_command_in_one_line(base, root, tmp_path):
+    """What CUDA's driver raises in the third step; the device is the emulation of one by its error alone."""
+    code = f"""
+import sys
+import runtime.device
+runtime.device._Cpu.driver_errors = runtime.device._Cuda.driver_errors
+runtime.device._Cpu.tool = "nvidia-smi"
+import learner
+steps = []
+def step(self, batches, lr, method=learner.Learner._train_step):
+    steps.append(lr)
+    if len(steps) == 3:
+        raise RuntimeError("CUDA error: unspecified launch failure\\nCUDA kernel errors might be reported later")
+    return method(self, batches, lr)
+learner.Learner._train_step = step
+import train
+from runtime import log
+sys.argv = ["train.py", "--device_type=cpu", "--data_path={base.data_path}", "--net_mode=mobilefacenet",
+            "--embedding_size=16", "--batch_size=4", "--epochs=1", "--num_workers=0", "--with_test=0",
+            "--tensorboard=0", "--work_path={base.work_path}"]
+log.run_command(train.main, train.expected_errors)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: cpu failed while it computed (CUDA error: unspecified launch failure): see whether nvidia-smi still "
+        "lists it, and go on with --resume or on another --device_id")
+    assert metrics(base)[-1]["reason"] == "failed"
 
 
 def test_static_mode_without_a_compiler_is_one_line(base, monkeypatch):

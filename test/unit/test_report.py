@@ -17,13 +17,15 @@ from runtime.log import RunLog
 pytestmark = pytest.mark.core
 
 CONFIG = {"batch_size": 512, "val_targets": ["lfw", "cfp_fp"], "resume": ""}
+FAST = {"memory_format": "channels_last", "sgd": "sgd_fused", "static": True, "tf32": False}
 DEVICE = {"name": "A <device>", "kind": "cpu", "count": 1, "machine": "aarch64"}
 ROC = {"fpr": [0.0, 0.001, 0.2, 1.0], "tpr": [0.0, 0.5, 0.9, 1.0]}
 PNG = b"\x89PNG\r\n\x1a\n and so on"
 
 
 def begin(log, **values):
-    log.record("run", **{"case": "", "network": "ir_se_100", "batch_size": 256, "device": DEVICE, **values})
+    log.record("run", **{"case": "", "network": "ir_se_100", "batch_size": 256, "device": DEVICE,
+                       "fast_paths": FAST, **values})
 
 
 def step(log, number, **values):
@@ -103,6 +105,7 @@ def test_the_json_holds_the_numbers_and_says_what_they_are(run_log, tmp_path):
     assert [entry["set"] for entry in numbers["verification"]] == ["lfw", "cfp_fp"]  # the order of the targets
     assert numbers["verification"][0]["untrained"]["accuracy"] == 0.52
     assert numbers["verification"][0]["trained"]["accuracy"] == 0.72
+    assert numbers["fast_paths"] == FAST
     assert numbers["config"] == CONFIG and numbers["versions"]["torch"]
 
 
@@ -119,6 +122,7 @@ def test_the_page_stands_alone_and_shows_everything(run_log, tmp_path):
     assert "A &lt;device&gt;" in page and "A <device>" not in page
     assert "0.7200 ± 0.0100" in page and "0.5200 ± 0.0100" in page
     assert "lfw: TAR at FAR 0.0001 needs 10000 different pairs, the set has 3000" in page
+    assert "<h2>Fast paths</h2>" in page and "<td>sgd</td><td>sgd_fused</td>" in page
     assert "What is not here" not in page
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import random
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,6 +117,81 @@ def test_a_device_that_cannot_be_opened_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", vanish)
     with pytest.raises(DeviceError, match=r"^cuda:0 cannot be opened: CUDA error: device vanished$"):
         Device("cuda").set()
+
+
+@pytest.mark.parametrize("kind, said, told", [
+    ("cuda", "CUDA error: unspecified launch failure\nCompile with ...",
+     r"^cuda:0 failed while it computed \(CUDA error: unspecified launch failure\): see whether nvidia-smi still lists "
+     r"it, and go on with --resume or on another --device_id$"),
+    ("npu", "call aclrtSynchronizeStream failed, EL0004", "^npu:0 failed while .* npu-smi info still lists it"),
+    ("cuda", "CUDA out of memory. Tried to allocate 2 GiB", "^cuda:0 is out of memory .*lower --batch_size"),
+    ("cpu", "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", "^cpu is out of memory"),
+])
+def test_a_device_that_fails_while_it_computes_is_one_line(kind, said, told):
+    with pytest.raises(DeviceError, match=told), Device(kind).failures_explained():
+        raise RuntimeError(said)
+
+
+@pytest.mark.parametrize("kind, error", [
+    ("cuda", RuntimeError("NCCL error: unhandled cuda error, CUDA error: peer gone")),  # runtime.dist names the rank
+    ("cuda", RuntimeError("shapes do not match")), ("cuda", DeviceError("CUDA error: said already")),
+    ("cpu", RuntimeError("CUDA error: of another device")), ("cuda", ValueError("CUDA error: no RuntimeError")),
+])
+def test_other_errors_are_left_alone(kind, error):
+    with pytest.raises(type(error)) as caught, Device(kind).failures_explained():
+        raise error
+    assert caught.value is error
+
+
+def test_tuning_says_what_is_on(monkeypatch):
+    assert CPU.tune(tf32=True, autotune=True) == {"tf32": False, "autotune": False}
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    try:
+        for on in (True, False):
+            assert Device("cuda").tune(tf32=on, autotune=not on) == {"tf32": on, "autotune": not on}
+            assert (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == (on, on, not on)
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+    switch = SimpleNamespace(allow_hf32=False)
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(matmul=switch), raising=False)
+    assert Device("npu").tune(tf32=True) == {"tf32": True, "autotune": False} and switch.allow_hf32
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(), raising=False)
+    assert Device("npu").tune(tf32=True) == {"tf32": False, "autotune": False}
+
+
+def test_the_cpu_keeps_freed_memory_for_the_next_step(root):
+    """In a process of its own, because there is no way back. 64 MiB stay resident after their tensor is gone."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("the switch is glibc's")
+    code = """
+import sys, torch
+from runtime.device import Device
+CPU = Device("cpu")
+if sys.argv[1] == "kept":
+    CPU.set()
+before = CPU.memory_allocated()
+block = torch.ones(64 * 2**20 // 4)
+del block
+print(CPU.memory_allocated() - before)
+"""
+    left = {}
+    for how in ("kept", "freed"):
+        done = subprocess.run([sys.executable, "-c", code, how], cwd=root, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        left[how] = int(done.stdout)
+    assert left["kept"] > 60 * 2**20 > 30 * 2**20 > left["freed"]
+
+
+@pytest.mark.parametrize("library", [OSError("there is no libc"), object()])
+def test_a_c_library_without_the_switch_changes_nothing(monkeypatch, library):
+    def load(name):
+        if isinstance(library, Exception):
+            raise library
+        return library
+
+    monkeypatch.setattr(module.ctypes, "CDLL", load)
+    CPU.set()
 
 
 def draw():
