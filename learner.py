@@ -20,7 +20,7 @@ import torch
 import data
 import model
 import optim
-from checkpoint import CheckpointError, foreign, remote, sharded, store
+from checkpoint import CheckpointError, foreign, remote, reshard, sharded, store
 from config import Config, ConfigError
 from data import pairs, transforms
 from data.synthetic import SyntheticDataset
@@ -475,11 +475,17 @@ class Learner:
         return path
 
     def load(self, path, backbone_only: bool = False) -> None:
-        """Loads a checkpoint of ours (`.pth`), or the backbone and head of a known project's file.
+        """Loads a checkpoint of ours (`.pth`, or a sharded directory), or backbone and head of a known project's file.
 
         backbone_only: leave head, optimizer and position as they are (fine-tuning, evaluation).
         """
-        state = store.load_pth(path)
+        if Path(path).is_dir():
+            path = reshard.find(path)
+            if not backbone_only:
+                return self._take_sharded(path, *sharded.load(path, self._head_rows(), self.world))
+            state = sharded.load(path, {}, self.world)[0]
+        else:
+            state = store.load_pth(path)
         if not (isinstance(state, dict) and "meta" in state):
             return self._load_foreign(state, path, backbone_only)
         meta = state["meta"]
@@ -507,10 +513,12 @@ class Learner:
         """Continues `wanted`, a .pth file or a sharded directory; "newest" or "auto" is the newest whole one of either
         kind, and None is what comes back where "auto" finds none. All ranks take the same."""
         if wanted not in ("auto", "newest"):
-            return self._continue(Path(wanted))
+            self.load(wanted)
+            return Path(wanted)
         for path in self.world.all_gather_object(self._newest_first())[0]:  # one rank's word for all
             if path.is_file():
-                return self._continue(path)
+                self.load(path)
+                return path
             found = sharded.load_newest(path.parent, self._head_rows(), self.world)
             if found is not None:
                 self._take_sharded(*found)
@@ -529,13 +537,6 @@ class Learner:
         if not any(own):
             own = [store.newest(self.downloaded_path), sharded.newest(self.downloaded_path)]
         return sorted((path for path in own if path is not None), key=lambda path: path.stat().st_mtime, reverse=True)
-
-    def _continue(self, path: Path) -> Path:
-        if path.is_dir():
-            self._take_sharded(path, *sharded.load(path, self._head_rows(), self.world))
-        else:
-            self.load(path)
-        return path
 
     def _store(self, folder: str) -> remote.Store:
         url = f"{self.config.fs_name.rstrip('/')}/{folder.strip('/')}"
