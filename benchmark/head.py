@@ -1,13 +1,16 @@
-"""The head's step, side by side: eager reference, chunked, chunked with the update inside, and a plain Partial FC.
+"""The head's step, side by side: eager reference, chunked, Triton's kernels, the update inside, a plain Partial FC.
 
     python -m benchmark.head [--device cpu] [--classes 1000000] [--batch_size 128] [--embedding_size 512]
-    python -m benchmark.head --sweep
+    python -m benchmark.head --sweep [--device cuda --peer FOLDER_OF_ARCFACE_TORCH]
 
 Each case runs in a process of its own: seconds of a step (forward, backward and update of the centers; the best of
 --repeats after a warm-up; on a CPU the process's own seconds on all its threads beside the clock's, as a busy machine
 moves only the latter), and the peak memory above the state (centers and momentum). --sweep goes over classes and sample
-rates instead: a step's time should follow the drawn rows and not the classes. A case that needs more memory than there
-is now is left out, and says so. Every run writes a dated file with hardware and versions to benchmark/results/.
+rates instead: a step's time should follow the drawn rows and not the classes; --peer runs arcface_torch's PartialFC_V2
+and its torch.optim.SGD beside (on cuda). Beside the cases stand the two ceilings, measured first in the same run: the
+rates of a large matrix product and of a copy, and each step's share of them by what `model.plan` counts. A case that
+needs more memory than there is now is left out, and says so. Every run writes a dated file with hardware and versions
+to benchmark/results/.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -35,7 +39,16 @@ WAYS = {
     "reference": dict(op="reference"),
     "chunked": dict(op="chunked"),
     "chunked, update inside": dict(op="chunked", update="backward"),
+    "triton": dict(op="triton"),
+    "triton, update inside": dict(op="triton", update="backward"),
 }
+
+
+def ways_of(kind: str, sweep: bool, peer) -> list:
+    quickest = "triton, update inside" if kind == "cuda" else "chunked, update inside"
+    if sweep:
+        return [quickest, "plain Partial FC", *(["arcface_torch"] if peer else [])]
+    return [way for way in WAYS if kind == "cuda" or not way.startswith("triton")]
 
 
 class PlainPartialFC(torch.nn.Module):
@@ -79,8 +92,11 @@ def build(case, device):
             return loss
 
         return step, classes * dim * (8 if case["momentum"] else 4)
+    if case["way"] == "arcface_torch":
+        return build_peer(case, device), classes * dim * (8 if case["momentum"] else 4)
     head = MarginHead(classes, dim, sample_rate=case["sample_rate"], momentum=case["momentum"], device=device.torch,
-                      dtype=getattr(torch, case["dtype"]), **WAYS[case["way"]])
+                      dtype=getattr(torch, case["dtype"]), momentum_dtype=getattr(torch, case["momentum_dtype"]),
+                      momentum_on_host=case["momentum_on_host"], **WAYS[case["way"]])
 
     def step(emb_BD, label_B):
         head.set_lr(0.1)
@@ -92,8 +108,50 @@ def build(case, device):
     return step, plan_of(case, device).device_state
 
 
+def build_peer(case, device):
+    from benchmark.step import peer_modules
+
+    _, losses, partial_fc = peer_modules(Path(case["peer"]), device, True)
+    margin = losses.CombinedMarginLoss(64, 1.0, 0.5, 0.0, 0)
+    head = partial_fc.PartialFC_V2(margin, case["embedding_size"], case["classes"], case["sample_rate"], True)
+    head.train().to(device.torch)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=case["momentum"], weight_decay=5e-4)
+
+    def step(emb_BD, label_B):
+        loss = head(emb_BD, label_B.clone())  # it writes to its labels
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def ceilings(device) -> dict:
+    """{"matmul": operations a second, "copy": bytes read and written a second}, the best of five."""
+    low = device.kind != "cpu"
+    size = 8192 if low else 1024
+    a, b = (torch.randn(size, size).to(device.torch, torch.bfloat16 if low else torch.float32) for _ in range(2))
+    source = torch.zeros((4 << 30 if low else 256 << 20) // 4, device=device.torch)
+    target = torch.empty_like(source)
+
+    def best(action):
+        taken = []
+        for _ in range(6):
+            device.synchronize()
+            start = time.perf_counter()
+            action()
+            device.synchronize()
+            taken.append(time.perf_counter() - start)
+        return min(taken[1:])
+
+    return {"matmul": 2 * size**3 / best(lambda: torch.mm(a, b)), "copy": 8 * source.numel() / best(
+        lambda: target.copy_(source))}
+
+
 def plan_of(case, device) -> HeadPlan:
-    form = Form(getattr(torch, case["dtype"]), torch.float32 if case["momentum"] else None)
+    form = Form(getattr(torch, case["dtype"]), getattr(torch, case["momentum_dtype"]) if case["momentum"] else None,
+                case["momentum_on_host"])
     return HeadPlan(case["classes"], case["embedding_size"], 1, case["batch_size"], case["sample_rate"], form,
                     update=WAYS.get(case["way"], {}).get("update", "step"), device_type=device.kind)
 
@@ -103,7 +161,7 @@ def needed(case, device) -> int:
     plan = plan_of(case, device)
     if case["way"] == "reference":
         return plan.device_state + 4 * plan.drawn * (5 * case["batch_size"] + 3 * case["embedding_size"])
-    if case["way"] == "plain Partial FC":
+    if case["way"] in ("plain Partial FC", "arcface_torch"):
         dense = 4 * (3 if case["momentum"] else 2) * case["classes"] * case["embedding_size"]
         return dense + 4 * plan.drawn * (8 * case["batch_size"] + 4 * case["embedding_size"])
     return plan.device_bytes
@@ -137,22 +195,19 @@ def measure(case) -> dict:
         seconds.append(time.perf_counter() - clock)
         cpu_seconds.append(time.process_time() - cpu)
         losses.append(float(loss))
-    return {"seconds": min(seconds[1:]), "cpu_seconds": min(cpu_seconds[1:]), "state_bytes": state,
+    plan, rates = plan_of(case, device), case["ceilings"]
+    return {"seconds": min(seconds[1:]),
+            "matmul_share": plan.operations / rates["matmul"] / min(seconds[1:]),
+            "copy_share": plan.device_traffic / rates["copy"] / min(seconds[1:]),
+            "cpu_seconds": min(cpu_seconds[1:]), "state_bytes": state,
             "bytes_above_state": device.max_memory_allocated() - before - state, "first_loss": losses[0],
-            "last_loss": losses[-1], "drawn": plan_of(case, device).drawn, "load_average": os.getloadavg()[0]}
-
-
-def available(device) -> int:
-    if device.kind != "cpu":
-        return device.total_memory() - device.memory_allocated()
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            "last_loss": losses[-1], "drawn": plan.drawn, "load_average": os.getloadavg()[0]}
 
 
 def run(case) -> dict:
     """One case in a process of its own; {"left_out": why} where it does not fit."""
     device = parse_device(case["device"])
-    room, needs = available(device), needed(case, device)
+    room, needs = device.free_memory(), needed(case, device)
     if needs + 2 * 10**9 > room:
         return {"left_out": f"needs about {needs / 1e9:.1f} GB, {room / 1e9:.1f} are there"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmark.head", "--one", json.dumps(case)],
@@ -167,7 +222,9 @@ def line(case, row) -> str:
     if "left_out" in row:
         return f"{name}  left out: {row['left_out']}"
     return (f"{name}{row['drawn']:>12,}{row['seconds']:>10.3f}{row['cpu_seconds']:>10.3f}"
-            f"{row['state_bytes'] / 1e6:>11,.0f}{row['bytes_above_state'] / 1e6:>12,.0f}{row['first_loss']:>10.4f}")
+            f"{row['state_bytes'] / 1e6:>11,.0f}{row['bytes_above_state'] / 1e6:>12,.0f}"
+            f"{row['matmul_share']:>8.2f}{row['copy_share']:>6.2f}"
+            f"{row['first_loss']:>10.4f}")
 
 
 def main() -> None:
@@ -179,6 +236,9 @@ def main() -> None:
     parser.add_argument("--embedding_size", type=int, default=512)
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--momentum_dtype", default="float32")
+    parser.add_argument("--momentum_on_host", action="store_true")
+    parser.add_argument("--peer", help="a folder with arcface_torch, whose Partial FC is run beside (cuda only)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; 0 = as torch chooses")
     parser.add_argument("--sweep", action="store_true", help="classes 1e5 1e6 1e7, sample rates 1 0.1 0.01")
@@ -189,12 +249,15 @@ def main() -> None:
         sys.stdout.write(json.dumps(measure(json.loads(options.one))) + "\n")
         return
     shared = {name: getattr(options, name) for name in
-              ("device", "batch_size", "embedding_size", "momentum", "dtype", "repeats", "threads")}
+              ("device", "batch_size", "embedding_size", "momentum", "dtype", "momentum_dtype", "momentum_on_host",
+               "peer", "repeats", "threads")}
+    device = parse_device(options.device)
+    shared["ceilings"] = ceilings(device)
     classes = options.classes or ([1e5, 1e6, 1e7] if options.sweep else [1e6])
     rates = options.sample_rate or ([1.0, 0.1, 0.01] if options.sweep else [1.0])
-    ways = ["chunked, update inside", "plain Partial FC"] if options.sweep else list(WAYS)
+    ways = ways_of(device.kind, options.sweep, options.peer)
     sys.stdout.write(f"{'way':<24}{'classes':>12}{'rate':>7}{'drawn':>12}{'seconds':>10}{'cpu s':>10}{'state MB':>11}"
-                     f"{'above it MB':>12}{'loss':>10}\n")
+                     f"{'above it MB':>12}{'matmul':>8}{'copy':>6}{'loss':>10}\n")
     rows = []
     for count in classes:
         for rate in rates:
@@ -204,12 +267,13 @@ def main() -> None:
                 rows.append({**case, **row})
                 sys.stdout.write(line(case, row) + "\n")
                 sys.stdout.flush()
-    device = parse_device(options.device)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"head_{'sweep_' if options.sweep else ''}{device.kind}_{time.strftime('%Y-%m-%d')}.json"
     record = {"date": time.strftime("%Y-%m-%d %H:%M"), "device": device.describe(), "python": sys.version.split()[0],
-              "threads": options.threads or torch.get_num_threads(), "rows": rows}
+              "threads": options.threads or torch.get_num_threads(),
+              "command": shlex.join(["python", "-m", "benchmark.head", *sys.argv[1:]]),
+              "ceilings": shared["ceilings"], "rows": rows}
     (folder / name).write_text(json.dumps(record, indent=1) + "\n")
     sys.stdout.write(f"{folder / name}\n")
 
