@@ -103,21 +103,24 @@ def collectives_table(plan: HeadPlan, parameters: float, element_bytes: int) -> 
 
 
 def scaling_table(base: HeadPlan, machine: Machine, memory: float, host: float, parameters, element_bytes) -> str:
-    """Classes down, devices across, as markdown: GiB on a device, the floor of a step and what it consists of."""
-    lines = ["| classes | devices | state + step, GiB a device | fits | rows drawn | head, ms | bound by | "
-             "head's collectives, ms | backbone's gradient, ms | head sends, MB |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    """Classes down, devices across, as markdown: the head's GiB on a device (! where they do not fit), the floor of a
+    step in ms and what sets it; below, what does not depend on the classes."""
+    plans = [replace(base, world_size=devices) for devices in DEVICES]
+    lines = [f"| classes | {' | '.join(f'{devices:,}' for devices in DEVICES)} |", "| --- |" + " --- |" * len(DEVICES)]
     for classes in CLASSES:
-        for devices in DEVICES:
-            plan = replace(base, classes=classes, world_size=devices)
+        cells = []
+        for plan in (replace(plan, classes=classes) for plan in plans):
             fits = plan.device_bytes <= memory and plan.host_state <= host
             step = simulate(plan, machine, parameters, element_bytes)
-            lines.append(f"| {classes:.0e} | {devices:,} | {plan.device_state / GIB:.2f} + "
-                         f"{plan.device_step / GIB:.2f} | {'yes' if fits else 'no'} | {plan.drawn:,} | "
-                         f"{1e3 * step.head:.2f} | {step.binds} | "
-                         f"{1e3 * step.head_network:.2f} | {1e3 * step.backbone_network:.2f} | "
-                         f"{plan.network_traffic / 1e6:.1f} |")
-    return "\n".join(lines).replace("e+0", "e")
+            cells.append(f"{plan.device_bytes / GIB:.2f} GiB{'' if fits else ' !'}, "
+                         f"{1e3 * step.head:.2f} ms {step.binds}")
+        lines.append(f"| {classes:.0e} | {' | '.join(cells)} |".replace("e+0", "e"))
+    steps = [simulate(plan, machine, parameters, element_bytes) for plan in plans]
+    for name, values in (("head's collectives, ms", [f"{1e3 * step.head_network:.2f}" for step in steps]),
+                         ("backbone's gradient, ms", [f"{1e3 * step.backbone_network:.2f}" for step in steps]),
+                         ("MB a device sends for the head", [f"{plan.network_traffic / 1e6:.1f}" for plan in plans])):
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
 def fewest_devices(base: HeadPlan, classes: int, memory: float, host: float, most: int = 2**14):

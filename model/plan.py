@@ -204,7 +204,7 @@ class HeadPlan:
             return ()
         images = self.global_batch
         rows = 4 * images * self.embedding_size
-        # gloo has no reduce_scatter: `World.reduce_scatter_rows` reduces everywhere there, and each rank takes its part
+        # gloo has none in most versions of torch: `World.reduce_scatter_rows` reduces on every rank there
         scatter = "all_reduce" if self.device_type == "cpu" else "reduce_scatter"
         return (Collective("labels", "all_gather", 8 * images),
                 Collective("embeddings", "all_gather", rows),
