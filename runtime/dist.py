@@ -7,6 +7,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,8 +169,7 @@ def open_world(device: Device, timeout_s: float = 600, backend: str | None = Non
     timeout = timedelta(seconds=timeout_s)
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
-        # torchrun may keep one store over its restarts, with the addresses of ranks that are gone.
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = _of_this_start(store, rank, size, timeout_s)
         dist.init_process_group(device.backend, store=store, rank=rank, world_size=size, timeout=timeout)
         host_group = dist.group.WORLD if device.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         world = World(**env, group=dist.group.WORLD, device=device.torch, host_group=host_group, timeout_s=timeout_s)
@@ -194,6 +194,31 @@ def open_world(device: Device, timeout_s: float = 600, backend: str | None = Non
         # nccl and hccl may wait there for collectives that never end; the process's own end cuts those off.
         if finished or device.backend == "gloo":
             dist.destroy_process_group()
+
+
+def _of_this_start(store, rank: int, size: int, timeout_s: float):
+    """The store under a prefix that rank 0 makes up, agreed on by all ranks.
+
+    torchrun may keep one store over its restarts, with the addresses of ranks that are gone in it, and nothing that it
+    tells its ranks is sure to be new and the same on all machines. So each rank asks under a name that nobody had
+    before, and rank 0 answers until all have come who belong to this start.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", name)
+        prefix = store.get(f"answer/{name}").decode()
+        store.add(f"{prefix}/came", 1)
+        return dist.PrefixStore(prefix, store)
+    answered, end = set(), time.monotonic() + timeout_s
+    while store.add(f"{name}/came", 0) < size - 1:
+        for asking in [store.get(f"asks/{other}").decode() for other in range(1, size)]:
+            if asking not in answered:
+                store.set(f"answer/{asking}", name)
+                answered.add(asking)
+        if time.monotonic() > end:
+            raise RuntimeError(f"{1 + store.add(f'{name}/came', 0)} of {size} ranks came")
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def _is_lost_peer(error: BaseException) -> bool:

@@ -123,15 +123,29 @@ def test_a_killed_rank_brings_the_job_back(tmp_path):
     assert sorted(losses(tmp_path)) == list(range(1, 31))
 
 
+def test_a_killed_rank_brings_the_job_back_on_two_machines(tmp_path):
+    """Each agent counts its own restarts, so they need not be at the same number."""
+    log = tmp_path / "log"
+    shared = ["--nproc-per-node=1", "--nnodes=2", "--max-restarts=2", *meeting(free_port())]
+    with agents(log, *([*shared, f"--rdzv-conf=is_host={host}", *training(tmp_path, 5)] for host in (1, 0))) as both:
+        wait_for(has_saved(tmp_path), log)
+        os.kill(ranks_of(both[1])[0], signal.SIGKILL)
+        assert [agent.wait(PATIENCE_S) for agent in both] == [0, 0], log.read_text()[-3000:]
+    assert {line["world_size"] for line in metrics(tmp_path) if line["kind"] == "run"} == {2}
+    assert sorted(losses(tmp_path)) == list(range(1, 26))
+
+
 def test_the_job_goes_on_with_the_machine_that_is_left(tmp_path):
-    log, port = tmp_path / "log", free_port()
-    elastic = ["--nproc-per-node=1", "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test",
-               f"--rdzv-endpoint=127.0.0.1:{port}"]
-    program = training(tmp_path, 12)
-    with agents(log, *([*elastic, f"--rdzv-conf=last_call_timeout=5,is_host={host}", *program]
+    log = tmp_path / "log"
+    shared = ["--nproc-per-node=1", "--nnodes=1:2", "--max-restarts=3", *meeting(free_port())]
+    with agents(log, *([*shared, f"--rdzv-conf=last_call_timeout=5,is_host={host}", *training(tmp_path, 12)]
                        for host in (1, 0))) as (stays, goes):
         wait_for(has_saved(tmp_path), log)
         kill(goes)
         assert stays.wait(PATIENCE_S) == 0, log.read_text()[-3000:]
     runs = [line["world_size"] for line in metrics(tmp_path) if line["kind"] == "run"]
     assert runs[0] == 2 and runs[-1] == 1 and metrics(tmp_path)[-1]["steps"] == 60
+
+
+def meeting(port) -> list:
+    return ["--rdzv-backend=c10d", "--rdzv-id=test", f"--rdzv-endpoint=127.0.0.1:{port}"]
