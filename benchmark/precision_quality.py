@@ -1,10 +1,12 @@
 """Does a precision policy train as well as fp32 does: the final loss of each beside the seed-to-seed spread of O0.
 
-    python -m benchmark.precision_quality DATA [--steps 300] [--batch_size 8] [--seeds 5] [--output FILE]
+    python -m benchmark.precision_quality DATA [--steps 300] [--batch_size 8] [--seeds 12] [--output FILE]
 
 DATA: a training set that data.open_dataset reads. O0 is trained with every seed (weights, order and flips of the images
 follow it), the other policies with the first. The final loss is the mean over the last tenth of the steps. A policy
-passes where it differs from O0 with the same seed by no more than the largest difference between two seeds of O0.
+passes where it lies between the least and the largest of O0's: rounding makes of the same seed another run after some
+steps, so that a policy as good as O0 ends where another seed of O0 could have. With N seeds such a one still falls
+outside once in (N + 1) / 2 times: few seeds prove little.
 
 On a CPU without fp16 arithmetic (AVX512_FP16, AMX) O1, O2 and fp16 take four to five times as long as O0 and the bf16
 policies less than O0; --policies chooses.
@@ -79,7 +81,7 @@ def main(argv=None) -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--loss_scale", default="dynamic")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--device_type", default="auto")
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args(argv)
@@ -94,16 +96,16 @@ def main(argv=None) -> None:
         print(json.dumps(runs[-1]), flush=True)
 
     final = [run["final_loss"] for run in runs if run["policy"] == "O0"]
-    spread = max(final) - min(final)
     summary = {
         "benchmark": "precision_quality",
         "images": len(dataset),
         "classes": dataset.num_classes,
         **{k: getattr(options, k) for k in ("net_mode", "embedding_size", "steps", "batch_size", "lr", "loss_scale")},
         "O0_final_losses": final,
-        "O0_spread": round(spread, 4),
-        "from_O0_of_the_same_seed": {r["policy"]: round(r["final_loss"] - final[0], 4) for r in runs[options.seeds :]},
-        "within_the_spread": all(abs(run["final_loss"] - final[0]) <= spread for run in runs),
+        "O0_spread": [min(final), max(final)],
+        "final_losses": {run["policy"]: run["final_loss"] for run in runs[options.seeds :]},
+        "within_the_spread": {run["policy"]: min(final) <= run["final_loss"] <= max(final)
+                              for run in runs[options.seeds :]},
         "machine": device.describe(),
         "date": time.strftime("%Y-%m-%d"),
     }
