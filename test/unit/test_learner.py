@@ -19,7 +19,7 @@ from config import Config, ConfigError, replace
 from data import DataError
 from learner import Learner, Stopped
 from model import ModelError
-from runtime.device import Device, DeviceError
+from runtime.device import DeviceError
 from runtime.precision import PrecisionError
 
 pytestmark = pytest.mark.core
@@ -319,10 +319,9 @@ def test_profile_leaves_a_trace_and_the_dearest_operations(base):
 def test_the_run_says_which_fast_paths_were_on(base):
     trained(replace(base, epochs=1, max_iter=1, memory_format="channels_last", tf32=True))
     (run, *_) = metrics(base)
-    quickest = "sgd_foreach" if "sgd_foreach" in Device("cpu").fused_optimizers() else "sgd_plain"
     assert run["fast_paths"] == {
         "opt_level": "O0", "memory_format": "channels_last", "tf32": False, "autotune": False, "static": False,
-        "sgd": quickest, "head_op": "chunked", "copy_beside_compute": False,
+        "sgd": "sgd_plain", "head_op": "chunked", "copy_beside_compute": False,
     }  # fmt: skip
     evaluating = Learner(base, training=False)
     assert evaluating.fast_paths()["opt_level"] == "O0" and "sgd" not in evaluating.fast_paths()

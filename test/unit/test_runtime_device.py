@@ -259,6 +259,12 @@ def test_the_probe_leaves_the_random_numbers_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_the_layout_that_each_device_prefers():
+    recent = int(torch.__version__.split(".")[0]) >= 2
+    assert CPU.memory_format is (torch.channels_last if recent else torch.contiguous_format)
+    assert Device("cuda").memory_format is Device("npu").memory_format is torch.contiguous_format
+
+
 def test_autocast():
     a = torch.ones(4, 4)
     with CPU.autocast(None):
