@@ -62,7 +62,7 @@ WARMUP_ROUNDS = 2
 ON_CPU = {"ir_50": (8,), "mobilefacenet": (32,)}
 ON_ACCELERATOR = dict.fromkeys(("ir_100", "ir_se_100", "iresnet_100", "ir_50", "mobilefacenet"), (128, 256, 512))
 FAST = {
-    "cpu": ("plain", "default", "contiguous", "sgd_foreach", "sgd_fused"),
+    "cpu": ("plain", "default", "channels_last", "sgd_foreach", "sgd_fused"),
     "cuda": ("plain", "default", "contiguous", "channels_last", "sgd_plain", "sgd_foreach", "tf32", "no_autotune",
              "static", "channels_last+static", "copied", "overlapped"),
     "npu": ("plain", "default", "contiguous", "channels_last", "sgd_plain", "sgd_foreach", "tf32", "copied",
