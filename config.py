@@ -93,6 +93,8 @@ class Config:
     device_type: str = option("auto", "npu, cuda (or gpu), cpu; auto = the first of these that is there")
     device_id: int = option(0, "device of the first rank on this machine")
     distributed: bool = option(False, "insist on more than one rank")
+    dist_backend: str = option("auto", "how ranks talk; auto = what moves the device's tensors, and no other does",
+                               ("auto", "gloo", "nccl", "hccl"))
     dist_timeout: float = option(600.0, "seconds after which a silent rank is given up")
     memory_format: str = option("auto", "layout of activations; auto = what the device prefers",
                                 ("auto", "contiguous", "channels_last"))

@@ -35,7 +35,7 @@ def main() -> int:
     sets = find_sets(config)
     device = parse_device(config.device_type, config.device_id + ranks["local_rank"])
     device.set()
-    with open_world(device, config.dist_timeout) as world, device.failures_explained():
+    with open_world(device, config.dist_timeout, config.dist_backend) as world, device.failures_explained():
         evaluate(config, sets, device, world)
     return 0
 

@@ -21,7 +21,7 @@ def main() -> int:
         raise options.ConfigError("--distributed: only one rank was started; use test/train_full_8p.sh or torchrun")
     device = parse_device(config.device_type, config.device_id + ranks["local_rank"])
     device.set()
-    with open_world(device, config.dist_timeout) as world, device.failures_explained():
+    with open_world(device, config.dist_timeout, config.dist_backend) as world, device.failures_explained():
         try:
             Learner(config, device, world).train()
         except Stopped as stopped:

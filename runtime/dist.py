@@ -153,16 +153,16 @@ def world_env() -> dict:
 
 
 @contextmanager
-def open_world(device: Device, timeout_s: float = 600, backend: str | None = None) -> Iterator[World]:
+def open_world(device: Device, timeout_s: float = 600, backend: str = "auto") -> Iterator[World]:
     """The world that torchrun's variables describe; opens and closes the process group only if WORLD_SIZE > 1.
 
     timeout_s: how long a rank waits for the others. After it, or at once where a rank's connection breaks, the
     waiting ranks leave with a RankError that names the rank that died, hung or stopped, and why if it could say.
-    backend: only the device's own works; None takes it.
+    backend: only the device's own works; "auto" takes it.
     Raises DeviceError where ranks, device and backend do not fit together.
     """
     env = world_env()
-    _check(device, env, backend or device.backend)
+    _check(device, env, device.backend if backend == "auto" else backend)
     if env["size"] == 1:
         yield World(device=device.torch)
         return
@@ -327,8 +327,7 @@ def wrap_data_parallel(module: nn.Module, world: World, **kw) -> nn.Module:
 
 def _check(device: Device, env: dict, backend: str) -> None:
     if backend != device.backend:
-        raise DeviceError(f"{backend} cannot move {device.kind} tensors: leave the backend out, or choose "
-                          f"{device.backend}")
+        raise DeviceError(f"{backend} cannot move {device.kind} tensors: --dist_backend=auto, or {device.backend}")
     check_ranks(Device(device.kind), env["local_size"])
     if backend == "nccl" and not dist.is_nccl_available():
         raise DeviceError(f"torch {torch.__version__} is built without nccl: install a build with it, or use one rank")

@@ -152,7 +152,7 @@ def test_errors_of_one_rank_pass_through(environment):
 
 def test_a_backend_for_another_device_is_refused_before_anything_starts(environment):
     environment(RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
-    with pytest.raises(DeviceError, match="hccl cannot move cuda tensors: leave the backend out, or choose nccl"):
+    with pytest.raises(DeviceError, match="hccl cannot move cuda tensors: --dist_backend=auto, or nccl"):
         with open_world(Device("cuda"), backend="hccl"):
             pass
 

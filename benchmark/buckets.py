@@ -1,0 +1,122 @@
+"""How the ranks exchange the backbone's gradients: DistributedDataParallel's buckets beside the plain exchange.
+
+    torchrun --nproc-per-node=2 -m benchmark.buckets [--device cpu] [--net mobilefacenet] [--batch_size 16] [--rounds 7]
+
+A step is forward, backward with the exchange, and SGD. The plain form sends every gradient by itself once backward is
+over; the others send buckets of that many MiB beside backward; "default" is what training takes
+(`runtime.dist.wrap_data_parallel`). The forms take turns, so that whatever else the machine does meets all of them;
+figures are medians over the rounds on rank 0, and every form's losses have to be the same. gradient_MiB is what the
+gradients and their buckets hold. Writes a dated file with hardware and versions to benchmark/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from model import create_model
+from optim import make_sgd, parameter_groups
+from runtime import log
+from runtime.device import DeviceError, parse_device
+from runtime.dist import open_world, world_env, wrap_data_parallel
+
+FORMS = {
+    "plain": None,
+    "default": {},
+    "25 MiB, gradients copied": dict(gradient_as_bucket_view=False),
+    "1 MiB": dict(bucket_cap_mb=1),
+    "4 MiB": dict(bucket_cap_mb=4),
+    "one bucket": dict(bucket_cap_mb=10_000),
+}
+
+
+class Form:
+    """One copy of the net with its exchange and optimizer."""
+
+    def __init__(self, net, net_mode, options, device, world):
+        self.net, self.world, self.plain = copy.deepcopy(net), world, options is None
+        self.wrapped = self.net if self.plain else wrap_data_parallel(self.net, world, **options)
+        self.optimizer = make_sgd(parameter_groups(self.net, net_mode, 5e-4), 1e-4, 0.9, device)
+
+    def step(self, x_BCHW, goal_BD) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        loss = (self.wrapped(x_BCHW) * goal_BD).sum()
+        loss.backward()
+        if self.plain:
+            for parameter in self.net.parameters():
+                self.world.all_reduce_(parameter.grad).div_(self.world.size)
+        self.optimizer.step()
+        return loss.detach()
+
+    def gradient_bytes(self) -> int:
+        """Gradients, and the buckets that are not the same memory."""
+        grads = sum(p.grad.numel() * p.grad.element_size() for p in self.net.parameters())
+        return grads if self.plain or self.wrapped.gradient_as_bucket_view else 2 * grads
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--net", default="mobilefacenet")
+    parser.add_argument("--depth", type=int, default=50)
+    parser.add_argument("--batch_size", type=int, default=16, help="images of one rank")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    device = parse_device(options.device, world_env()["local_rank"])
+    device.set()
+    with open_world(device) as world:
+        if world.size == 1:
+            raise DeviceError("one rank exchanges nothing: start this with torchrun --nproc-per-node=2")
+        rows = measure(options, device, world)
+        if world.is_main:
+            record = {"benchmark": "buckets", "date": time.strftime("%Y-%m-%d"), "device": device.describe(),
+                      "backend": device.backend, "ranks": world.size, "net": options.net, "rounds": options.rounds,
+                      "batch_size_of_a_rank": options.batch_size, "threads": torch.get_num_threads(),
+                      "load": [round(value, 1) for value in os.getloadavg()], "rows": rows}
+            name = f"{record['date']}_buckets_{device.kind}_torch-{torch.__version__.split('+')[0]}.json"
+            options.output.mkdir(parents=True, exist_ok=True)
+            (options.output / name).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure(options, device, world) -> list:
+    device.seed(0)
+    net = create_model(options.net, options.depth, 512, dropout=0.0).to(device.torch).train()
+    forms = {name: Form(net, options.net, how, device, world) for name, how in FORMS.items()}
+    device.seed(1 + world.rank)
+    x_BCHW = torch.randn(options.batch_size, 3, 112, 112, device=device.torch)
+    goal_BD = torch.randn(options.batch_size, 512, device=device.torch)
+    taken, losses = {name: [] for name in forms}, {name: [] for name in forms}
+    for _ in range(2 + options.rounds):
+        for name, form in forms.items():
+            world.barrier()
+            device.synchronize()
+            start = time.perf_counter()
+            loss = form.step(x_BCHW, goal_BD)
+            device.synchronize()
+            taken[name].append(time.perf_counter() - start)
+            losses[name].append(float(loss))
+    for name in forms:
+        if max(abs(a - b) for a, b in zip(losses[name], losses["plain"])) > 1e-3 * abs(losses["plain"][0]):
+            raise SystemExit(f"{name}: losses {losses[name]}, plain ones {losses['plain']}")
+    rows = []
+    for name, form in forms.items():
+        speedup = statistics.median(p / t for p, t in zip(taken["plain"][2:], taken[name][2:]))
+        rows.append({"form": name, "step_s": round(statistics.median(taken[name][2:]), 4), "speedup": round(speedup, 3),
+                     "gradient_MiB": round(form.gradient_bytes() / 2**20, 1)})
+        if world.is_main:
+            sys.stdout.write(f"{name:<26}{rows[-1]['step_s']:>9.4f} s{rows[-1]['speedup']:>8.3f}x"
+                             f"{rows[-1]['gradient_MiB']:>8.1f} MiB\n")
+    return rows
+
+
+if __name__ == "__main__":
+    log.run_command(main, expected=(DeviceError,))
