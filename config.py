@@ -42,6 +42,7 @@ class Config:
     head_op: str = option("auto", "implementation of the loss: auto, or one of model/ops by name")
     head_update: str = option("step", "centers move after the backward pass, or inside it (no gradient of them exists)",
                               ("step", "backward"))
+    head_lr_factor: float = option(1.0, "learning rate of the centers over the backbone's; 10 makes up for no momentum")
     update_rows: str = option("drawn", "with sample_rate < 1: which centers decay and keep moving", ("drawn", "all"))
     centers_dtype: str = option("fp32", "storage of the class centers; half ones are rounded stochastically",
                                 ("fp32", "bf16", "fp16"))
@@ -137,6 +138,8 @@ class Config:
                           ("num_classes", 0), ("save_every", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be at least {low}")
+        if self.head_lr_factor < 0:
+            raise ConfigError(f"--head_lr_factor {self.head_lr_factor}: must be at least 0 (0 holds the centers still)")
         if not 0 < self.sample_rate <= 1:
             raise ConfigError(f"--sample_rate {self.sample_rate}: must be above 0 and at most 1")
         if self.max_iter == 0 or self.max_iter < -1:

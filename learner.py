@@ -256,7 +256,7 @@ class Learner:
             # Ranks exchange gradients once an update, with the last micro-batch.
             exchange = nullcontext() if last or self.world.size == 1 else self.ddp.no_sync()
             if self.config.head_update == "backward":
-                self.head.set_lr(lr, 1 / self.precision.loss_scale.value)
+                self.head.set_lr(lr * self.config.head_lr_factor, 1 / self.precision.loss_scale.value)
             self.head.prepare(labels)
             with exchange:
                 with self.precision.autocast():
@@ -267,7 +267,8 @@ class Learner:
             counts = (out.correct, torch.zeros_like(out.correct) if out.correct_top5 is None else out.correct_top5)
             sums_3 = sums_3 + torch.stack([loss, *(count.to(loss.dtype) for count in counts)])
         optim.set_lr(self.optimizer, lr)
-        self.precision.step(self.optimizer, self.head, lr, self.config.clip_grad_norm or None,
+        head_lr = lr * self.config.head_lr_factor
+        self.precision.step(self.optimizer, self.head, head_lr, self.config.clip_grad_norm or None,
                             lambda: first_non_finite(self.backbone, lambda: self._scaled_loss(images, labels)))
         return sums_3
 
@@ -577,7 +578,7 @@ class Learner:
         sharing = self.world.local_size
         host = Device("cpu").free_memory() // sharing
         device = self.device.free_memory() // (sharing if self.device.kind == "cpu" else 1)
-        plan.check(head, device - backbone - plan.parse_size(config.memory_reserve), host)
+        plan.check(head, max(0, device - backbone - plan.parse_size(config.memory_reserve)), host)
 
     def _head_rows(self) -> dict:
         """What this rank holds of the head's tables: {name: (the stored tensor itself, its RowShard)}."""

@@ -185,6 +185,18 @@ def test_the_five_best_are_counted_in_the_same_walk(base):
     assert "accuracy_top5" not in metrics(trained(replace(base, epochs=1)).config)[-3]
 
 
+@pytest.mark.parametrize("update", ["step", "backward"])
+def test_the_centers_may_have_a_rate_of_their_own(base, update):
+    base = replace(base, epochs=1, max_iter=1, lr=1e-3, momentum_dtype="none", weight_decay=0.0, head_update=update)
+    start = Learner(base).head.local_state()["weight"].clone()
+    moved = [trained(replace(base, head_lr_factor=factor)).head.local_state()["weight"] - start
+             for factor in (0.0, 1.0, 8.0)]
+    assert not moved[0].any() and moved[1].any()
+    torch.testing.assert_close(moved[2], 8 * moved[1], rtol=1e-3, atol=1e-6)
+    with pytest.raises(ConfigError, match="must be at least 0"):
+        Learner(replace(base, head_lr_factor=-1.0))
+
+
 def test_a_head_that_does_not_fit_is_refused_before_it_is_allocated(base, caplog):
     base = replace(base, data_mode="synthetic", embedding_size=512, max_iter=1)
     with pytest.raises(ModelError, match="100,000,000,000 class centers need .* use more ranks"):
