@@ -20,7 +20,7 @@ import torch
 import data
 import model
 import optim
-from checkpoint import CheckpointError, foreign, remote, reshard, sharded, store
+from checkpoint import CheckpointError, folder, foreign, remote, reshard, sharded, store
 from config import Config, ConfigError
 from data import pairs, transforms
 from data.synthetic import SyntheticDataset
@@ -89,6 +89,7 @@ class Learner:
         self.precision = Precision(opt_level, self.device, world, scaling, config.amp_backend)
         self.meta = {**model.describe(config.net_mode, config.net_depth, config.embedding_size, config.drop_ratio,
                                       l2_norm), "normalisation": "(x / 255 - 0.5) / 0.5", "num_classes": None}
+        self.files = folder.RunFolder(config.work_path, world, config.fs_name, config.fs_ugi)
         self.epoch, self.step_in_epoch, self.step = config.start_epoch, 0, 0
         self.accuracy = self.accuracy_of_training = 0.0  # the first of the newest verification, where there is one
         self.log: Optional[runlog.RunLog] = None
@@ -147,7 +148,7 @@ class Learner:
 
         wanted = config.resume
         if config.fs_checkpoint_dir:
-            self._download()
+            self.files.download(config.fs_checkpoint_dir, may_be_empty=config.resume == "auto")
             wanted = wanted or ("" if config.pth_path else "newest")
         self.resumed = self._resume(wanted) if wanted else None
         if self.resumed:
@@ -170,9 +171,9 @@ class Learner:
         self.log = runlog.RunLog(run_dir, world, config.as_dict(), config.tensorboard)
         uploads = saver = nullcontext()
         if config.fs_dir_for_save and world.is_main:
-            uploads = self.uploader = remote.Uploader(self._store(config.fs_dir_for_save))
+            uploads = self.uploader = self.files.uploader(config.fs_dir_for_save)
         if config.checkpoint == "sharded":
-            saver = self.saver = sharded.Saver(self.sharded_path, world, keep=config.keep + 1,
+            saver = self.saver = sharded.Saver(self.files.sharded, world, keep=config.keep + 1,
                                                published=self.uploader and self.uploader.put)
         self.save_every = sharded.SaveEvery(config.save_every, config.save_minutes, world)
         tracing = profiled(self.device, run_dir / "profile", config.profile and world.is_main)
@@ -410,18 +411,6 @@ class Learner:
                          copy_beside_compute=self.device.kind != "cpu")
         return paths
 
-    @property
-    def models_path(self) -> Path:
-        return Path(self.config.work_path) / "models"
-
-    @property
-    def sharded_path(self) -> Path:
-        return Path(self.config.work_path) / "sharded"
-
-    @property
-    def downloaded_path(self) -> Path:
-        return Path(self.config.work_path) / "downloaded"
-
     def _state(self) -> dict[str, Any]:
         """All that the next step depends on but the head, in the lineage's schema. Every rank has it whole."""
         average_buffers(self.backbone, self.world)
@@ -464,11 +453,11 @@ class Learner:
         state["training"]["head"] = self.head.gathered_training_state()
         path = None
         if self.world.is_main:
-            self.models_path.mkdir(parents=True, exist_ok=True)
+            self.files.models.mkdir(parents=True, exist_ok=True)
             name = store.checkpoint_name(time.strftime("%Y-%m-%d-%H-%M"), state["epoch"], self.accuracy)
-            path = self.models_path / name
+            path = self.files.models / name
             store.save_pth(path, mapped(torch.Tensor.cpu, state))  # a file names no device
-            store.prune(self.models_path, keep=self.config.keep)
+            store.prune(self.files.models, keep=self.config.keep)
             logger.info("saved %s", path)
             if self.uploader is not None:
                 self.uploader.put(path)
@@ -516,7 +505,7 @@ class Learner:
         if wanted not in ("auto", "newest"):
             self.load(wanted)
             return Path(wanted)
-        for path in self.world.all_gather_object(self._newest_first())[0]:  # one rank's word for all
+        for path in self.files.newest_first():
             if path.is_file():
                 self.load(path)
                 return path
@@ -528,35 +517,6 @@ class Learner:
             raise CheckpointError(f"{self.config.work_path}: no whole checkpoint to resume: train first, or name one")
         logger.info("%s: no checkpoint to resume, the training starts from the beginning", self.config.work_path)
         return None
-
-    def _newest_first(self) -> list:
-        """The newest checkpoint of each kind. What was downloaded counts where there is none of this machine's own:
-        uploads follow what is saved here."""
-        if not self.world.is_main:
-            return []
-        own = [store.newest(self.models_path), sharded.newest(self.sharded_path)]
-        if not any(own):
-            own = [store.newest(self.downloaded_path), sharded.newest(self.downloaded_path)]
-        return sorted((path for path in own if path is not None), key=lambda path: path.stat().st_mtime, reverse=True)
-
-    def _store(self, folder: str) -> remote.Store:
-        url = f"{self.config.fs_name.rstrip('/')}/{folder.strip('/')}"
-        return remote.Store(url, self.config.fs_ugi or os.environ.get("FS_UGI", ""))
-
-    def _download(self) -> None:
-        """Brings the store's checkpoints here, once a machine, unless there are some of this run's own."""
-        own = self.world.all_gather_object(bool(self._newest_first()))[0]
-        error = None
-        if not own and self.world.local_rank == 0:
-            try:
-                remote.download(self._store(self.config.fs_checkpoint_dir), self.downloaded_path)
-            except remote.EmptyStore as empty:
-                error = None if self.config.resume == "auto" else str(empty)
-            except CheckpointError as failed:
-                error = str(failed)
-        failures = [one for one in self.world.all_gather_object(error) if one]
-        if failures:
-            raise CheckpointError(failures[0])
 
     def _command(self) -> str:
         """This process's command line, without the store's password."""

@@ -83,9 +83,9 @@ def test_the_run_and_what_it_writes(base):
     verifications = [line for line in lines if line["kind"] == "verify"]
     assert [(v["untrained"], v["set"]) for v in verifications] == [(True, "lfw"), (False, "lfw"), (False, "lfw")]
     assert sum(line["kind"] == "window" for line in lines) == 2
-    names = sorted(p.name for p in learner.models_path.iterdir())
+    names = sorted(p.name for p in learner.files.models.iterdir())
     assert any("_epoch:1_" in name for name in names)
-    state = store.load_pth(learner.models_path / names[-1])
+    state = store.load_pth(learner.files.models / names[-1])
     assert list(state)[:1] == ["model"] and {"model", "head", "optimizer", "epoch", "config"} <= set(state)
     assert tuple(state["head"]["kernel"].shape) == (16, 4)
     assert state["meta"]["channel_order"] == "rgb" and state["meta"]["num_classes"] == 4
@@ -167,7 +167,7 @@ def test_a_sharded_directory_is_taken_where_a_file_is(base, tmp_path):
         pytest.skip("sharded checkpoints need torch 2.3")
     learner = trained(replace(base, checkpoint="sharded", epochs=1, max_iter=2))
     weights = dict(learner.backbone.state_dict())
-    new = replace(base, work_path=str(tmp_path / "new"), pth_path=str(learner.sharded_path))
+    new = replace(base, work_path=str(tmp_path / "new"), pth_path=str(learner.files.sharded))
     assert evaluate.architecture(new.pth_path) == {"net_mode": "mobilefacenet", "embedding_size": 16}
     assert_same(dict(Learner(new, training=False).backbone.state_dict()), weights)
     assert_same(dict(Learner(replace(new, is_finetune=True)).backbone.state_dict()), weights)
@@ -251,7 +251,7 @@ def test_micro_batches_add_up_to_the_batch(base):
 
 def test_fine_tuning_takes_the_backbone_alone(base, tmp_path):
     first = trained(base)
-    path = store.newest(first.models_path)
+    path = store.newest(first.files.models)
     other = make_tiny_set(tmp_path / "other", classes=7)
     tuned = replace(base, data_path=str(other), pth_path=str(path), work_path=str(tmp_path / "tuned"))
     with pytest.raises(CheckpointError, match="4 classes.*--is_finetune"):
@@ -264,7 +264,7 @@ def test_fine_tuning_takes_the_backbone_alone(base, tmp_path):
 
 def test_what_does_not_fit_is_one_line(base, tmp_path):
     learner = trained(replace(base, epochs=1))
-    path = store.newest(learner.models_path)
+    path = store.newest(learner.files.models)
     with pytest.raises(CheckpointError, match="--net_mode=mobilefacenet") as caught:
         Learner(replace(base, net_mode="ir", net_depth=18, resume=str(path)))
     assert "\n" not in str(caught.value)
@@ -287,7 +287,7 @@ def test_best_and_last_are_kept(base):
     learner.config = replace(learner.config, epochs=4, max_iter=1)
     learner.steps_per_epoch = 1
     learner.train()
-    assert sorted(p.name.rsplit("_", 1)[1] for p in learner.models_path.iterdir()) == ["0.60000.pth", "0.90000.pth"]
+    assert sorted(p.name.rsplit("_", 1)[1] for p in learner.files.models.iterdir()) == ["0.60000.pth", "0.90000.pth"]
 
 
 def test_learning_rate_range_leaves_no_trace(base, tmp_path):

@@ -64,7 +64,7 @@ def test_a_store_that_stays_away_leaves_the_checkpoint_here(base, monkeypatch, c
     monkeypatch.setattr(remote.Uploader.__init__, "__defaults__", (0.2, 0.05))
     learner = Learner(replace(base, fs_name="webhdfs://127.0.0.1:9", fs_dir_for_save="runs/one"))
     learner.train()
-    saved = list(learner.models_path.glob("*.pth"))
+    saved = list(learner.files.models.glob("*.pth"))
     assert len(saved) == 1
     assert f"{saved[0]} stays here: not uploaded to webhdfs://127.0.0.1:9/runs/one" in caplog.text
 
