@@ -138,6 +138,18 @@ class Config:
                           ("num_classes", 0), ("save_every", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be at least {low}")
+        for name, low in (("lr", 0), ("weight_decay", 0), ("momentum", 0), ("gamma", 0), ("warmup_epochs", 0),
+                          ("clip_grad_norm", 0), ("save_minutes", 0), ("dist_timeout", 1), ("num_workers", -1)):
+            if not low <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"--{name} {getattr(self, name)}: must be a number of at least {low}")
+        if self.momentum >= 1:
+            raise ConfigError(f"--momentum {self.momentum}: must be below 1")
+        for name in ("data_path", "work_path"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is empty: name a folder (is a variable of your shell not set?)")
+        for name in ("fs_dir_for_save", "fs_checkpoint_dir"):
+            if ".." in getattr(self, name).split("/"):
+                raise ConfigError(f"--{name} {getattr(self, name)}: leads out of the store's folder with ..")
         if self.head_lr_factor < 0:
             raise ConfigError(f"--head_lr_factor {self.head_lr_factor}: must be at least 0 (0 holds the centers still)")
         if not 0 < self.sample_rate <= 1:

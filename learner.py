@@ -92,6 +92,7 @@ class Learner:
         self.files = folder.RunFolder(config.work_path, world, config.fs_name, config.fs_ugi)
         self.epoch, self.step_in_epoch, self.step = config.start_epoch, 0, 0
         self.accuracy = self.accuracy_of_training = 0.0  # the first of the newest verification, where there is one
+        self.saved: list[str] = []  # names of this run's .pth files: others in the folder are not its to delete
         self.log: Optional[runlog.RunLog] = None
         self.saver: Optional[sharded.Saver] = None
         self.uploader: Optional[remote.Uploader] = None
@@ -133,7 +134,8 @@ class Learner:
             self.dataset.num_classes, config.embedding_size, margin=config.loss_type, s=config.scale, m=config.margin,
             combined=config.combined_margin, world=world, op=config.head_op, sample_rate=config.sample_rate,
             update_rows=config.update_rows, update=config.head_update,
-            interclass_filtering_threshold=config.interclass_filtering_threshold, seed=config.seed,
+            interclass_filtering_threshold=config.interclass_filtering_threshold,
+            seed=config.seed + config.is_finetune,  # not the head that the weights were trained with, before training
             top5=config.top5, momentum=0.0 if config.momentum_dtype == "none" else config.momentum,
             weight_decay=optim.head_weight_decay(config.net_mode, config.weight_decay), device=self.device.torch,
             dtype=DTYPES[config.centers_dtype], momentum_dtype=DTYPES[config.momentum_dtype],
@@ -168,6 +170,9 @@ class Learner:
         # Different on each rank (dropout), unlike the weights.
         if not self.resumed:
             self.device.seed(config.seed + 1 + world.rank)
+        if self.epoch >= config.epochs:
+            logger.info("trained to epoch %d already, and --epochs is %d: raise it to go on", self.epoch, config.epochs)
+        self.files.make(config.checkpoint)
         self.log = runlog.RunLog(run_dir, world, config.as_dict(), config.tensorboard)
         uploads = saver = nullcontext()
         if config.fs_dir_for_save and world.is_main:
@@ -423,7 +428,8 @@ class Learner:
                          versions=runlog.versions()),
             "training": {
                 "step": self.step, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
-                "accuracy": self.accuracy, "damaged": self.loader.damaged, "precision": self.precision.state_dict(),
+                "accuracy": self.accuracy, "damaged": self.loader.damaged, "saved": list(self.saved),
+                "precision": self.precision.state_dict(),
                 "rng": self.world.all_gather_object(self.device.rng_state()),
             },
         }
@@ -436,6 +442,7 @@ class Learner:
         self.precision.load_state_dict(training["precision"])
         self.epoch, self.step, self.step_in_epoch = training["epoch"], training["step"], training["step_in_epoch"]
         self.accuracy, self.loader.damaged = training["accuracy"], training["damaged"]
+        self.saved = list(training.get("saved", []))
         if self.world.rank < len(training["rng"]):
             self.device.set_rng_state(training["rng"][self.world.rank])
         else:  # more ranks than there were: the new ones start streams of their own
@@ -456,8 +463,9 @@ class Learner:
             self.files.models.mkdir(parents=True, exist_ok=True)
             name = store.checkpoint_name(time.strftime("%Y-%m-%d-%H-%M"), state["epoch"], self.accuracy)
             path = self.files.models / name
+            self.saved.append(name)
             store.save_pth(path, mapped(torch.Tensor.cpu, state))  # a file names no device
-            store.prune(self.files.models, keep=self.config.keep)
+            store.prune(self.files.models, keep=self.config.keep, names=self.saved)
             logger.info("saved %s", path)
             if self.uploader is not None:
                 self.uploader.put(path)
@@ -486,6 +494,7 @@ class Learner:
             self.precision.load_model_state(self.backbone, state["model"])
         else:
             self._load_training(state)
+            self.saved.append(Path(path).name)
             self.head.load_kernel(state["head"]["kernel"])
             self.head.load_training_state(state["training"]["head"])
 

@@ -5,7 +5,8 @@
 #   bash quickstart.sh --data_path=FOLDER    your own set; any other option of train.py follows the same way
 #
 # Leaves .venv, data/drawn_faces, checkpoints in work_space/, and the report in test/output/quickstart*/report.html.
-# Run again, it shows the finished report, or goes on where an interrupted training stood.
+# Run again with the same options, it shows the finished report, or goes on where an interrupted training stood; other
+# options are another run, in folders of its own.
 set -eu
 cd "$(dirname "$0")"
 source scripts/environment.sh
@@ -17,35 +18,34 @@ done
 
 use_environment requirements.txt
 
+# A wrong option ends here, before anything is made.
+"$PYTHON" -c '
+import sys
+import config
+from configs import RECIPES
+from runtime.log import run_command
+
+def main():
+    config.parse_arguments(sys.argv[1:], recipes=RECIPES)
+
+run_command(main, (config.ConfigError,))' --recipe=quickstart "$@"
+for word in "$@"; do
+    case "$word" in --help | -h) exit ;; esac
+done
+
 name=quickstart
+[ $# -eq 0 ] || name=quickstart_$(printf '%s\n' "$@" | cksum | cut -d " " -f 1)
+run=test/output/$name
+if [ -f "$run/done" ]; then
+    echo "trained before with these options; remove $run and work_space/$name to train anew"
+    exec "$PYTHON" report.py "$run"
+fi
 if [ "$data_path" = data/drawn_faces ]; then
     # Does nothing where the same faces are there already.
     "$PYTHON" -m data.synthetic --output "$data_path" --seed 0
     set -- "--data_path=$data_path" "$@"
-else
-    name=quickstart_$(basename "$data_path")
 fi
-run=test/output/$name
-mkdir -p "$run"
-
-printf '%s\n' "$*" >"$run/options.new"
-if [ -f "$run/done" ] && cmp -s "$run/options" "$run/options.new"; then
-    rm "$run/options.new"
-    echo "trained before with these options; remove $run to train anew"
-    exec "$PYTHON" report.py "$run"
-fi
-resume=()
-if [ -f "$run/options" ] && cmp -s "$run/options" "$run/options.new"; then
-    [ -z "$(ls "work_space/$name/models/"model_*.pth 2>/dev/null)" ] || resume=(--resume=auto)
-else
-    rm -rf "$run" "work_space/$name"  # what other options left behind would mix with this run's numbers
-    mkdir -p "$run"
-    printf '%s\n' "$*" >"$run/options.new"
-fi
-mv "$run/options.new" "$run/options"
-
 "$PYTHON" -m tools.contact_sheet --data_path="$data_path" --output="$run/contact_sheet.png"
-bash test/train_full_1p.sh --recipe=quickstart "--run_dir=$run" "--work_path=work_space/$name" \
-    ${resume[@]+"${resume[@]}"} "$@"
+bash test/train_full_1p.sh --recipe=quickstart "--run_dir=$run" "--work_path=work_space/$name" --resume=auto "$@"
 touch "$run/done"
 echo "report: $run/report.html"

@@ -33,6 +33,10 @@ NEEDED = {
 COMPLETE = ("finished", "max_iter")
 
 
+class NothingTrained(Exception):
+    """A run that resumed what was trained to its end already: no failure, and nothing to report."""
+
+
 class ReportError(ValueError):
     """A run that cannot be reported; the message is one line."""
 
@@ -91,6 +95,8 @@ def summarise(lines: list[dict], case: str = "") -> tuple[dict, dict]:
     if evaluation and not verifications:
         raise ReportError("the evaluation judged no verification set")
     if not evaluation and not steps:
+        if ends[-1].get("reason") == "finished" and run.get("config", {}).get("resume"):
+            raise NothingTrained("nothing was left to train: raise --epochs to go on")
         raise ReportError("the run recorded no training step")
 
     config = run.get("config", {})
@@ -500,7 +506,11 @@ def main(argv=None) -> None:
     parser.add_argument("--output", type=Path, help="folder of the report; RUN_DIR when not given")
     options = parser.parse_args(argv)
     output = options.output or options.run_dir
-    report = write_report(options.run_dir, output, options.case)
+    try:
+        report = write_report(options.run_dir, output, options.case)
+    except NothingTrained as nothing:
+        print(nothing)
+        return
     print("\n".join([*result_lines(report["verification"]), f"The report's page is {output / 'report.html'}"]))
     print("------------------ Final result ------------------")
     print("\n".join(final_lines(report)))

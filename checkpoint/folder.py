@@ -18,6 +18,19 @@ class RunFolder:
         self.models, self.sharded, self.downloaded = (Path(path) / n for n in ("models", "sharded", "downloaded"))
         self._world, self._fs_name, self._fs_ugi = world, fs_name, fs_ugi
 
+    def make(self, kind: str) -> None:
+        """Makes the folder for checkpoints of a kind ("pth", "sharded") now: the first is saved after hours.
+
+        Raises CheckpointError where nothing can be written."""
+        path = self.sharded if kind == "sharded" else self.models
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            reason = None if os.access(path, os.W_OK) else "no permission"
+        except OSError as error:
+            reason = error.strerror
+        if reason:
+            raise CheckpointError(f"{path}: no checkpoint can be written there ({reason}): choose another --work_path")
+
     def newest_first(self) -> list[Path]:
         """The newest whole checkpoint of each kind, as rank 0 sees them, on every rank. What was downloaded counts
         where there is none of this run's own: uploads follow what is saved here."""

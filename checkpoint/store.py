@@ -537,12 +537,12 @@ def newest(folder) -> Path | None:
     return None
 
 
-def prune(folder, keep: int = 0) -> list[Path]:
+def prune(folder, keep: int = 0, names=None) -> list[Path]:
     """Deletes old checkpoints and returns them: the best by accuracy, the newest and `keep` more of the newest stay.
 
-    Temporary files that a killed process left behind go too.
+    names: of the files that may go; all if None. Temporary files that a killed process left behind go too.
     """
-    saved = list_saved(folder)
+    saved = [one for one in list_saved(folder) if names is None or one.path.name in names]
     if saved:
         best = max(saved, key=lambda one: one.accuracy)
         deleted = [one.path for one in saved[:-1] if one is not best]

@@ -299,9 +299,13 @@ def main(argv=None) -> None:
     for name, value in vars(Rates()).items():
         parser.add_argument(f"--{name}_rate", type=float, default=value, help="a second, for the floor [%(default)g]")
     options = parser.parse_args(argv)
-    if options.classes < max(2, options.world_size) or not 0 < options.sample_rate <= 1 or options.embedding_size < 1:
-        raise ModelError("--classes needs at least 2 and one a rank, --sample_rate lies above 0 and at most at 1, "
-                         "--embedding_size is at least 1")
+    for name in ("world_size", "embedding_size", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ModelError(f"--{name} {getattr(options, name)}: must be at least 1")
+    if not max(2, options.world_size) <= options.classes < 2**40:
+        raise ModelError(f"--classes {options.classes:g}: must be at least 2 and one a rank, and below 2^40")
+    if not 0 < options.sample_rate <= 1:
+        raise ModelError(f"--sample_rate {options.sample_rate:g}: must be above 0 and at most 1")
     plan = HeadPlan(int(options.classes), options.embedding_size, options.world_size, options.batch_size,
                     options.sample_rate, update=options.update)
     rates = Rates(**{name: getattr(options, f"{name}_rate") for name in vars(Rates())})

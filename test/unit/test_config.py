@@ -32,6 +32,11 @@ def test_booleans(text, value):
 
 @pytest.mark.parametrize("argv,says", [
     (["--batchsize=3"], "did you mean --batch_size"),
+    (["--lr=-1"], "--lr -1.0: must be a number of at least 0"),
+    (["--lr=nan"], "--lr nan: must be a number of at least 0"),
+    (["--momentum=2"], "must be below 1"),
+    (["--data_path="], "--data_path is empty"),
+    (["--fs_name=file:///x", "--fs_checkpoint_dir=../y"], "leads out of the store"),
     (["--lr=x"], "invalid float"),
     (["--net_mode=irse"], "choose from ir, ir_se"),
     (["--use_amp=maybe"], "neither true nor false"),

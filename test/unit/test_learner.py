@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from tiny_set import make_tiny_set
 
 import evaluate
+import report
 from checkpoint import CheckpointError, sharded, store
 from config import Config, ConfigError, replace
 from data import DataError
@@ -67,6 +69,7 @@ def trained(config):
 
 def final_state(config):
     state = store.load_pth(store.newest(f"{config.work_path}/models"))
+    state["training"].pop("saved")  # names of files, with the time in them
     return {key: state[key] for key in ("model", "head", "optimizer", "epoch", "training")}
 
 
@@ -192,7 +195,7 @@ def test_the_centers_may_have_a_rate_of_their_own(base, update):
     moved = [trained(replace(base, head_lr_factor=factor)).head.local_state()["weight"] - start
              for factor in (0.0, 1.0, 8.0)]
     assert not moved[0].any() and moved[1].any()
-    torch.testing.assert_close(moved[2], 8 * moved[1], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(moved[2].numpy(), 8 * moved[1].numpy(), rtol=1e-3, atol=1e-6)
     with pytest.raises(ConfigError, match="must be at least 0"):
         Learner(replace(base, head_lr_factor=-1.0))
 
@@ -206,6 +209,37 @@ def test_a_head_that_does_not_fit_is_refused_before_it_is_allocated(base, caplog
         Learner(replace(base, num_classes=1000, memory_reserve="1000TB"))
     with pytest.raises(ModelError, match="'much' is not a size"):
         Learner(replace(base, num_classes=1000, memory_reserve="much"))
+
+
+def test_what_other_runs_saved_is_not_this_runs_to_delete(base):
+    trained(replace(base, epochs=3, max_iter=1, keep=0, with_test=True))
+    others = set()
+    for path in Learner(base).files.models.iterdir():  # of another day: names hold the minute only
+        others.add(path.rename(path.with_name(f"model_2020-01-01-00-00_{path.name.split('_', 2)[2]}")).name)
+    assert len(others) in (1, 2)  # the best and the last
+    learner = trained(replace(base, epochs=4, max_iter=1, keep=0, lr=2e-3))
+    left = {path.name for path in learner.files.models.iterdir()}
+    assert others <= left and len(left - others) <= 2
+    goes_on = trained(replace(base, epochs=6, max_iter=1, keep=0, lr=2e-3, resume=str(learner.files.models / max(
+        left - others))))
+    assert set(learner.saved) < set(goes_on.saved)
+    assert others <= {path.name for path in learner.files.models.iterdir()}
+
+
+def test_a_training_that_was_finished_is_said_to_be(base, caplog):
+    caplog.set_level("INFO")
+    trained(replace(base, epochs=1, max_iter=1))
+    resumed = trained(replace(base, epochs=1, max_iter=1, resume="newest", run_dir=f"{base.work_path}/again"))
+    assert resumed.step == 1 and "raise it to go on" in caplog.text
+    with pytest.raises(report.NothingTrained):
+        report.write_report(Path(f"{base.work_path}/again"), Path(f"{base.work_path}/again"), "")
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_training(base, tmp_path):
+    (tmp_path / "file").write_text("")
+    for checkpoint in ("pth", "sharded") if sharded.available() else ("pth",):
+        with pytest.raises(CheckpointError, match="no checkpoint can be written there .*--work_path"):
+            trained(replace(base, work_path=str(tmp_path / "file"), run_dir=str(tmp_path), checkpoint=checkpoint))
 
 
 def test_sigterm_saves_and_leaves(base, root):

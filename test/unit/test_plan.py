@@ -131,5 +131,8 @@ def test_the_command(capsys):
     assert set(fits) == set(FORMS)
     assert [name for name, word in fits.items() if word == "yes"] == ["bf16 + host bf16", "bf16 + host int8",
                                                                       "bf16, no momentum"]
-    with pytest.raises(ModelError, match="--classes needs at least 2"):
+    with pytest.raises(ModelError, match="--classes 1: must be at least 2"):
         main(["--classes", "1"])
+    for wrong in ("--classes inf", "--classes 9 --world_size 0", "--classes 9 --batch_size 0"):
+        with pytest.raises(ModelError, match="must be at least"):
+            main(wrong.split())
