@@ -45,6 +45,7 @@ if [ "$data_path" = data/drawn_faces ]; then
     "$PYTHON" -m data.synthetic --output "$data_path" --seed 0
     set -- "--data_path=$data_path" "$@"
 fi
+mkdir -p "$run"
 "$PYTHON" -m tools.contact_sheet --data_path="$data_path" --output="$run/contact_sheet.png"
 bash test/train_full_1p.sh --recipe=quickstart "--run_dir=$run" "--work_path=work_space/$name" --resume=auto "$@"
 touch "$run/done"
