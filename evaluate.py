@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -72,7 +71,7 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
     with log.RunLog(run_dir, world, config.as_dict(), tensorboard=False) as run_log:
         run_log.record(
             "run", task="evaluate", case=config.case, network=learner.network, batch_size=config.eval_batch_size,
-            device=device.describe(), command=shlex.join(["python", *sys.argv]), fast_paths=learner.fast_paths(),
+            device=device.describe(), command=log.command_line(config.fs_ugi), fast_paths=learner.fast_paths(),
         )  # fmt: skip
         results = learner.evaluate(sets)
         records = {name: embed.as_record(result) for name, result in results.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -184,7 +183,7 @@ class Learner:
         tracing = profiled(self.device, run_dir / "profile", config.profile and world.is_main)
         with self.log, uploads, saver, tracing as self.profiler, caught_signals() as caught:
             self.log.record("run", case=config.case, network=self.network, batch_size=config.batch_size,
-                            command=self._command(), device=self.device.describe(),
+                            command=runlog.command_line(config.fs_ugi), device=self.device.describe(),
                             num_classes=self.meta["num_classes"], images=len(self.dataset),
                             opt_level=self.precision.policy.name, fast_paths=self.fast_paths())
             if config.with_test and self.step == 0:
@@ -216,21 +215,21 @@ class Learner:
         batches = iter(self.device.prefetch(iter(self.loader), self._to_device))
         bar = progress(self.world, self.epoch, config.epochs, self.steps_per_epoch, self.step_in_epoch)
         # Sums stay on the device between two lines of the log: no step waits for the host.
-        sums_3, steps = 0, 0
+        sums, steps = 0, 0
         self.speed.start()
         with bar:
             while self.step_in_epoch < self.steps_per_epoch:
                 lr = self.schedule(self.step)
-                sums_3, steps = sums_3 + self._train_step(batches, lr), steps + 1
+                sums, steps = sums + self._train_step(batches, lr), steps + 1
                 self.step += 1
                 self.step_in_epoch += 1
                 self.speed.step()
                 self.profiler.step()
                 bar.update(1)
                 if self.step % config.log_every == 0 or self.step_in_epoch == self.steps_per_epoch:
-                    mean, correct, correct_top5 = (value / steps for value in sums_3.tolist())
+                    mean, correct, *top5 = (value / steps for value in sums.tolist())
                     self.accuracy_of_training = correct / config.batch_size
-                    top5 = {"accuracy_top5": correct_top5 / config.batch_size} if config.top5 else {}
+                    top5 = {"accuracy_top5": top5[0] / config.batch_size} if top5 else {}
                     log.record("step", step=self.step, epoch=self.epoch, loss=mean, lr=lr,
                                accuracy=self.accuracy_of_training, **top5, images_per_s=self.speed.recent(),
                                scale=self.precision.scale, skipped=self.precision.skipped,
@@ -244,7 +243,7 @@ class Learner:
                     bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{self.speed.recent():.1f}", lr=f"{lr:.3g}")
                     if not math.isfinite(mean):
                         logger.warning("loss is not finite at step %d", self.step)
-                    sums_3, steps = 0, 0
+                    sums, steps = 0, 0
                 self._leave_if_asked(caught)
                 if self.save_every.due(self.step) and self.step_in_epoch < self.steps_per_epoch:
                     with self.speed.paused():
@@ -253,9 +252,9 @@ class Learner:
         log.record("window", **self.speed.window())
 
     def _train_step(self, batches, lr: float) -> torch.Tensor:
-        """One update from `accumulate` micro-batches; on the device, [3]: the mean loss, how many images have their own
-        class as the best, and among the five best (0 where that is not counted)."""
-        sums_3 = 0
+        """One update from `accumulate` micro-batches; on the device: the mean loss, how many images have their own
+        class as the best, and, where that is counted, among the five best."""
+        sums = 0
         for micro in range(self.config.accumulate):
             images, labels = next(batches)
             last = micro == self.config.accumulate - 1
@@ -270,13 +269,13 @@ class Learner:
                 out = self.head(embeddings_BD, labels)
                 self.precision.backward(out.loss / self.config.accumulate)
             loss = out.loss.detach() / self.config.accumulate
-            counts = (out.correct, torch.zeros_like(out.correct) if out.correct_top5 is None else out.correct_top5)
-            sums_3 = sums_3 + torch.stack([loss, *(count.to(loss.dtype) for count in counts)])
+            counts = [count for count in (out.correct, out.correct_top5) if count is not None]
+            sums = sums + torch.stack([loss, *(count.to(loss.dtype) for count in counts)])
         optim.set_lr(self.optimizer, lr)
         head_lr = lr * self.config.head_lr_factor
         self.precision.step(self.optimizer, self.head, head_lr, self.config.clip_grad_norm or None,
                             lambda: first_non_finite(self.backbone, lambda: self._scaled_loss(images, labels)))
-        return sums_3
+        return sums
 
     def _scaled_loss(self, images, labels):
         # by the eager module: hooks see nothing inside a compiled one
@@ -460,7 +459,7 @@ class Learner:
         state["training"]["head"] = self.head.gathered_training_state()
         path = None
         if self.world.is_main:
-            self.files.models.mkdir(parents=True, exist_ok=True)
+            self.files.make("pth")
             name = store.checkpoint_name(time.strftime("%Y-%m-%d-%H-%M"), state["epoch"], self.accuracy)
             path = self.files.models / name
             self.saved.append(name)
@@ -527,11 +526,6 @@ class Learner:
         logger.info("%s: no checkpoint to resume, the training starts from the beginning", self.config.work_path)
         return None
 
-    def _command(self) -> str:
-        """This process's command line, without the store's password."""
-        words = shlex.join(["python", *sys.argv])
-        return words.replace(self.config.fs_ugi, "***") if self.config.fs_ugi else words
-
     def _check_memory(self) -> None:
         """Refuses a head that would not fit, before it is allocated. Beside it the device has to hold the backbone's
         gradients, momentum and masters, and what --memory_reserve asks for."""
@@ -545,8 +539,10 @@ class Learner:
             config.update_rows, self.device.kind, torch.empty(0, dtype=self.precision.policy.compute).element_size())
         backbone = 3 * 4 * sum(parameter.numel() for parameter in self.backbone.parameters())
         sharing = self.world.local_size
-        host = Device("cpu").free_memory() // sharing
-        device = self.device.free_memory() // (sharing if self.device.kind == "cpu" else 1)
+        free = (self.device.free_memory() // (sharing if self.device.kind == "cpu" else 1),
+                Device("cpu").free_memory() // sharing)
+        # All ranks look before any of them allocates, and come to the same answer.
+        device, host = (min(values) for values in zip(*self.world.all_gather_object(free)))
         plan.check(head, max(0, device - backbone - plan.parse_size(config.memory_reserve)), host)
 
     def _head_rows(self) -> dict:

@@ -22,7 +22,7 @@ class HostTable:
         self.table, self.device = table, device
         self._worker = None
         self._putting = None  # the newest rows on their way home
-        # torch.cuda and torch.npu have the same functions; a CPU has no streams and runs the same steps in order
+        # the modules of all accelerators have the same functions; a CPU has no streams and runs the same steps in order
         self._api = None if device.type == "cpu" else getattr(torch, device.type)
         self._stream = None
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ def run_command(main, expected=()) -> None:
     `error: <one line>` on stderr and status 1; any other exception keeps its traceback, because it is a bug of ours.
     Ctrl-C ends with 130, as in a shell.
 
-    main should import torch itself or through what it imports: a recent torch loads torch_npu at `import torch`
+    main should import torch itself or through what it imports: a recent torch loads Ascend's plugin at `import torch`
     and dies with a traceback where CANN is missing. Switched off here, runtime.device imports it when asked for.
     """
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
@@ -41,6 +42,12 @@ def run_command(main, expected=()) -> None:
         status = 1
     sys.stdout.flush()
     sys.exit(status or 0)
+
+
+def command_line(secret: str = "") -> str:
+    """This process's command line for records, with `secret` (a store's password) struck out."""
+    words = [word.replace(secret, "***") if secret else word for word in sys.argv]
+    return shlex.join(["python", *words])
 
 
 def setup_logging(rank: int = 0, size: int = 1, level: int = logging.INFO, stream=None) -> None:

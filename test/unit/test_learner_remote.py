@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -34,10 +35,11 @@ def base(tmp_path, hdfs):
 
 
 @pytest.mark.parametrize("checkpoint", ["pth", "sharded"])
-def test_another_machine_goes_on_from_the_store(base, tmp_path, checkpoint):
+def test_another_machine_goes_on_from_the_store(base, tmp_path, checkpoint, monkeypatch):
     if checkpoint == "sharded" and not sharded.available():
         pytest.skip("sharded checkpoints need torch 2.3")
     base = replace(base, checkpoint=checkpoint, fs_dir_for_save="runs/one")
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--fs_ugi={base.fs_ugi}"])
     first = Learner(base)
     first.train()
     assert "secret" not in (tmp_path / "work/log/metrics.jsonl").read_text()
