@@ -2,6 +2,7 @@
 
 The command lines (`parse_arguments`), the lineage's EasyDict (`get_config`) and the PLSC setters derive from `Config`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,8 +32,11 @@ class Config:
     net_depth: int = option(100, "layers of the backbone: 18 34 50 100 152 200 (resnet: 50 101 152)")
     embedding_size: int = option(512, "length of an embedding")
     drop_ratio: Optional[float] = option(None, "dropout before the embedding; the backbone's own when not given")
-    loss_type: str = option("arcface", "margin of the classification loss", (
-        "arcface", "arcface_straight_through", "cosface", "combined", "adaface", "softmax", "linear_softmax"))
+    loss_type: str = option(
+        "arcface",
+        "margin of the classification loss",
+        ("arcface", "arcface_straight_through", "cosface", "combined", "adaface", "softmax", "linear_softmax"),
+    )
     margin: Optional[float] = option(None, "margin m; the loss's own default when not given (arcface 0.5)")
     scale: float = option(64.0, "scale s of the cosines")
     combined_margin: tuple[float, ...] = option((1.0, 0.5, 0.0), "m1 m2 m3 of cos(m1 t + m2) - m3")
@@ -40,12 +44,14 @@ class Config:
     interclass_filtering_threshold: float = option(0.0, "cosine above which another class counts as noise; 0 = off")
     top5: bool = option(False, "count as well how often the right class is among the five best")
     head_op: str = option("auto", "implementation of the loss: auto, or one of model/ops by name")
-    head_update: str = option("step", "centers move after the backward pass, or inside it (no gradient of them exists)",
-                              ("step", "backward"))
+    head_update: str = option(
+        "step", "centers move after the backward pass, or inside it (no gradient of them exists)", ("step", "backward")
+    )
     head_lr_factor: float = option(1.0, "learning rate of the centers over the backbone's; 10 makes up for no momentum")
     update_rows: str = option("drawn", "with sample_rate < 1: which centers decay and keep moving", ("drawn", "all"))
-    centers_dtype: str = option("fp32", "storage of the class centers; half ones are rounded stochastically",
-                                ("fp32", "bf16", "fp16"))
+    centers_dtype: str = option(
+        "fp32", "storage of the class centers; half ones are rounded stochastically", ("fp32", "bf16", "fp16")
+    )
     momentum_dtype: str = option("fp32", "storage of the centers' momentum", ("fp32", "bf16", "int8", "none"))
     momentum_on_host: bool = option(False, "keep the centers' momentum in the host's memory")
 
@@ -80,11 +86,14 @@ class Config:
 
     # precision
     use_amp: bool = option(True, "mixed precision; off is O0")
-    opt_level: str = option("auto", "precision policy; auto = O2 on npu and cuda, O0 on cpu",
-                            ("auto", "O0", "O1", "O2", "fp16", "bf16", "bf16_master"))
+    opt_level: str = option(
+        "auto",
+        "precision policy; auto = O2 on npu and cuda, O0 on cpu",
+        ("auto", "O0", "O1", "O2", "fp16", "bf16", "bf16_master"),
+    )
     loss_scale: str = option("128.0", "a number, or dynamic")
     amp_backend: str = option("auto", "who carries mixed precision out", ("auto", "native", "apex"))
-    init_loss_scaling: float = option(2.0 ** 16, "dynamic scaling: first scale")
+    init_loss_scaling: float = option(2.0**16, "dynamic scaling: first scale")
     incr_every_n_steps: int = option(2000, "dynamic scaling: good steps in a row before the scale grows")
     decr_every_n_nan_or_inf: int = option(2, "dynamic scaling: bad steps in a row before it shrinks")
     incr_ratio: float = option(2.0, "dynamic scaling: factor of growth")
@@ -94,11 +103,15 @@ class Config:
     device_type: str = option("auto", "npu, cuda (or gpu), cpu; auto = the first of these that is there")
     device_id: int = option(0, "device of the first rank on this machine")
     distributed: bool = option(False, "insist on more than one rank")
-    dist_backend: str = option("auto", "how ranks talk; auto = what moves the device's tensors, and no other does",
-                               ("auto", "gloo", "nccl", "hccl"))
+    dist_backend: str = option(
+        "auto",
+        "how ranks talk; auto = what moves the device's tensors, and no other does",
+        ("auto", "gloo", "nccl", "hccl"),
+    )
     dist_timeout: float = option(600.0, "seconds after which a silent rank is given up")
-    memory_format: str = option("auto", "layout of activations; auto = what the device prefers",
-                                ("auto", "contiguous", "channels_last"))
+    memory_format: str = option(
+        "auto", "layout of activations; auto = what the device prefers", ("auto", "contiguous", "channels_last")
+    )
     static: bool = option(False, "compile the backbone (torch.compile); off is the eager, dynamic mode")
     tf32: bool = option(False, "fp32 products with fewer mantissa bits, where the device has that")
     autotune: bool = option(True, "try convolution algorithms for the batch's shape and keep the quickest (cudnn)")
@@ -111,13 +124,17 @@ class Config:
     case: str = option("", "name of the run in reports")
     pth_path: str = option("", "weights to start from or to evaluate: ours or a known project's")
     is_finetune: bool = option(False, "take only the backbone of pth_path, with a new head")
-    resume: str = option("", "continue a checkpoint: its path; 'newest' for the newest whole one of work_path; 'auto' "
-                             "for that one if there is any, else from the start")
+    resume: str = option(
+        "",
+        "continue a checkpoint: its path; 'newest' for the newest whole one of work_path; 'auto' "
+        "for that one if there is any, else from the start",
+    )
     keep: int = option(1, "checkpoints kept beside the best and the last")
     save_every: int = option(0, "steps between checkpoints inside an epoch; 0 = at its end only")
     save_minutes: float = option(0.0, "minutes between checkpoints inside an epoch; 0 = by steps only")
-    checkpoint: str = option("pth", "one .pth file for exchange, or a sharded directory that any number of ranks loads",
-                             ("pth", "sharded"))
+    checkpoint: str = option(
+        "pth", "one .pth file for exchange, or a sharded directory that any number of ranks loads", ("pth", "sharded")
+    )
     fs_name: str = option("", "remote store for checkpoints: hdfs://, webhdfs://, s3:// or any other address of fsspec")
     fs_ugi: str = option("", "name,password for the store; rather set FS_UGI, which no list of processes shows")
     fs_dir_for_save: str = option("", "folder of the store to which checkpoints are uploaded, beside the training")
@@ -133,13 +150,31 @@ class Config:
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value not in choices:
                 raise ConfigError(f"--{field.name} '{value}': choose from {', '.join(c for c in choices if c)}")
-        for name, low in (("embedding_size", 1), ("epochs", 0), ("batch_size", 1), ("accumulate", 1),
-                          ("eval_batch_size", 1), ("log_every", 1), ("keep", 0), ("start_epoch", 0),
-                          ("num_classes", 0), ("save_every", 0)):
+        for name, low in (
+            ("embedding_size", 1),
+            ("epochs", 0),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("eval_batch_size", 1),
+            ("log_every", 1),
+            ("keep", 0),
+            ("start_epoch", 0),
+            ("num_classes", 0),
+            ("save_every", 0),
+        ):
             if getattr(self, name) < low:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be at least {low}")
-        for name, low in (("lr", 0), ("weight_decay", 0), ("momentum", 0), ("gamma", 0), ("warmup_epochs", 0),
-                          ("clip_grad_norm", 0), ("save_minutes", 0), ("dist_timeout", 1), ("num_workers", -1)):
+        for name, low in (
+            ("lr", 0),
+            ("weight_decay", 0),
+            ("momentum", 0),
+            ("gamma", 0),
+            ("warmup_epochs", 0),
+            ("clip_grad_norm", 0),
+            ("save_minutes", 0),
+            ("dist_timeout", 1),
+            ("num_workers", -1),
+        ):
             if not low <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be a number of at least {low}")
         if self.momentum >= 1:
@@ -185,15 +220,19 @@ def get_config(training: bool = True):
     return EasyDict((Config() if training else _for_evaluation(Config())).as_dict())
 
 
-def parse_arguments(argv: Optional[list[str]] = None, training: bool = True,
-                    recipes: Optional[dict[str, Config]] = None) -> Config:
+def parse_arguments(
+    argv: Optional[list[str]] = None, training: bool = True, recipes: Optional[dict[str, Config]] = None
+) -> Config:
     """The options of a command line, over the defaults or a recipe's.
 
     Both `--batch_size` and `--batch-size` are taken, with `=` or a space. Raises ConfigError, one line, for an unknown
     option (with the close ones), a value of the wrong type, or one out of range.
     """
-    parser = _Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _Parser(
+        description=sys.modules["__main__"].__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     defaults = Config() if training else _for_evaluation(Config())
     for field in dataclasses.fields(Config):
         name, kind = field.name, _types()[field.name]
@@ -205,9 +244,15 @@ def parse_arguments(argv: Optional[list[str]] = None, training: bool = True,
             extra = {"nargs": "?", "const": True}
         elif name == "resume":
             extra = {"nargs": "?", "const": "newest"}
-        parser.add_argument(*spellings, dest=name, type=str if many else _converter(item), default=argparse.SUPPRESS,
-                            metavar=item.__name__.upper(), help=f"{field.metadata['help']} [{getattr(defaults, name)}]",
-                            **extra)
+        parser.add_argument(
+            *spellings,
+            dest=name,
+            type=str if many else _converter(item),
+            default=argparse.SUPPRESS,
+            metavar=item.__name__.upper(),
+            help=f"{field.metadata['help']} [{getattr(defaults, name)}]",
+            **extra,
+        )
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         kind = _types()[name]
@@ -235,8 +280,9 @@ def _types() -> dict[str, Any]:
 
 def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name.replace("-", "_"), list(_types()), n=3, cutoff=0.5)
-    return f"unknown option --{name}: " + (f"did you mean {', '.join('--' + c for c in close)}?" if close else
-                                           "see --help for all of them")
+    return f"unknown option --{name}: " + (
+        f"did you mean {', '.join('--' + c for c in close)}?" if close else "see --help for all of them"
+    )
 
 
 def _converter(kind: type):

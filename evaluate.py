@@ -5,6 +5,7 @@ come in the order that the checkpoint records, for others' weights the one of `-
 unless `--opt_level` says otherwise. Prints a table, and leaves evaluation.json and roc.png in `--output`,
 metrics.jsonl (for report.py) in `--run_dir`; one of the two stands for both, work_space/evaluation for neither.
 """
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """The Learner: builds the parts, and holds the one training loop."""
+
 from __future__ import annotations
 
 import logging
@@ -36,11 +37,25 @@ from verify.protocol import PairError
 logger = logging.getLogger(__name__)
 
 # What a user can cause; a command ends on these with one line.
-USER_ERRORS = (ConfigError, data.DataError, model.ModelError, optim.OptimError, CheckpointError, DeviceError,
-               PrecisionError, PairError, facebank.FaceBankError)
+USER_ERRORS = (
+    ConfigError,
+    data.DataError,
+    model.ModelError,
+    optim.OptimError,
+    CheckpointError,
+    DeviceError,
+    PrecisionError,
+    PairError,
+    facebank.FaceBankError,
+)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
-          "none": torch.float32}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "none": torch.float32,
+}
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -77,17 +92,25 @@ class Learner:
         opt_level = policy_name(config, self.device)
         # The head normalises by itself; margins that read the embedding's length need it as it is.
         l2_norm = False if config.loss_type in ("adaface", "linear_softmax") else None
-        self.backbone = model.create_model(config.net_mode, config.net_depth, config.embedding_size,
-                                           dropout=config.drop_ratio, l2_norm=l2_norm)
+        self.backbone = model.create_model(
+            config.net_mode, config.net_depth, config.embedding_size, dropout=config.drop_ratio, l2_norm=l2_norm
+        )
         self.memory_format = {"auto": self.device.memory_format, **MEMORY_FORMATS}[config.memory_format]
         self.backbone.to(device=self.device.torch, memory_format=self.memory_format)
-        scaling = parse_loss_scale(config.loss_scale, init_loss_scaling=config.init_loss_scaling,
-                                   incr_every_n_steps=config.incr_every_n_steps,
-                                   decr_every_n_nan_or_inf=config.decr_every_n_nan_or_inf,
-                                   incr_ratio=config.incr_ratio, decr_ratio=config.decr_ratio)
+        scaling = parse_loss_scale(
+            config.loss_scale,
+            init_loss_scaling=config.init_loss_scaling,
+            incr_every_n_steps=config.incr_every_n_steps,
+            decr_every_n_nan_or_inf=config.decr_every_n_nan_or_inf,
+            incr_ratio=config.incr_ratio,
+            decr_ratio=config.decr_ratio,
+        )
         self.precision = Precision(opt_level, self.device, world, scaling, config.amp_backend)
-        self.meta = {**model.describe(config.net_mode, config.net_depth, config.embedding_size, config.drop_ratio,
-                                      l2_norm), "normalisation": "(x / 255 - 0.5) / 0.5", "num_classes": None}
+        self.meta = {
+            **model.describe(config.net_mode, config.net_depth, config.embedding_size, config.drop_ratio, l2_norm),
+            "normalisation": "(x / 255 - 0.5) / 0.5",
+            "num_classes": None,
+        }
         self.files = folder.RunFolder(config.work_path, world, config.fs_name, config.fs_ugi)
         self.epoch, self.step_in_epoch, self.step = config.start_epoch, 0, 0
         self.accuracy = self.accuracy_of_training = 0.0  # the first of the newest verification, where there is one
@@ -107,22 +130,37 @@ class Learner:
         config, world = self.config, self.world
         parts = world.size * config.accumulate
         if config.batch_size % parts:
-            raise ConfigError(f"--batch_size {config.batch_size} does not divide among {world.size} ranks of "
-                              f"{config.accumulate} micro-batches: choose a multiple of {parts}")
+            raise ConfigError(
+                f"--batch_size {config.batch_size} does not divide among {world.size} ranks of "
+                f"{config.accumulate} micro-batches: choose a multiple of {parts}"
+            )
         workers = config.num_workers if config.num_workers >= 0 else loader_workers(self.device, world)
         if config.data_mode == "synthetic":
             self.dataset = SyntheticDataset(
-                num_images=config.batch_size * max(config.max_iter, 100), num_classes=config.num_classes or 85742,
-                seed=config.seed)
+                num_images=config.batch_size * max(config.max_iter, 100),
+                num_classes=config.num_classes or 85742,
+                seed=config.seed,
+            )
         else:
-            self.dataset = data.open_dataset(config.data_path, config.data_mode or None, config.channel_order or None,
-                                             config.num_classes or None)
-        self.loader = data.build_loader(self.dataset, config.batch_size // parts, world.rank, world.size, config.seed,
-                                        workers, config.strict_data, pin_memory=self.device.kind != "cpu")
+            self.dataset = data.open_dataset(
+                config.data_path, config.data_mode or None, config.channel_order or None, config.num_classes or None
+            )
+        self.loader = data.build_loader(
+            self.dataset,
+            config.batch_size // parts,
+            world.rank,
+            world.size,
+            config.seed,
+            workers,
+            config.strict_data,
+            pin_memory=self.device.kind != "cpu",
+        )
         self.steps_per_epoch = len(self.loader) // config.accumulate
         if not self.steps_per_epoch:
-            raise data.DataError(f"{config.data_path}: {len(self.dataset)} images do not fill one batch of "
-                                 f"{config.batch_size}; lower --batch_size")
+            raise data.DataError(
+                f"{config.data_path}: {len(self.dataset)} images do not fill one batch of "
+                f"{config.batch_size}; lower --batch_size"
+            )
         if config.max_iter > 0:
             self.steps_per_epoch = min(self.steps_per_epoch, config.max_iter)
         self.step = self.epoch * self.steps_per_epoch
@@ -130,18 +168,31 @@ class Learner:
 
         self._check_memory()
         self.head = MarginHead(
-            self.dataset.num_classes, config.embedding_size, margin=config.loss_type, s=config.scale, m=config.margin,
-            combined=config.combined_margin, world=world, op=config.head_op, sample_rate=config.sample_rate,
-            update_rows=config.update_rows, update=config.head_update,
+            self.dataset.num_classes,
+            config.embedding_size,
+            margin=config.loss_type,
+            s=config.scale,
+            m=config.margin,
+            combined=config.combined_margin,
+            world=world,
+            op=config.head_op,
+            sample_rate=config.sample_rate,
+            update_rows=config.update_rows,
+            update=config.head_update,
             interclass_filtering_threshold=config.interclass_filtering_threshold,
             seed=config.seed + config.is_finetune,  # not the head that the weights were trained with, before training
-            top5=config.top5, momentum=0.0 if config.momentum_dtype == "none" else config.momentum,
-            weight_decay=optim.head_weight_decay(config.net_mode, config.weight_decay), device=self.device.torch,
-            dtype=DTYPES[config.centers_dtype], momentum_dtype=DTYPES[config.momentum_dtype],
-            momentum_on_host=config.momentum_on_host)
+            top5=config.top5,
+            momentum=0.0 if config.momentum_dtype == "none" else config.momentum,
+            weight_decay=optim.head_weight_decay(config.net_mode, config.weight_decay),
+            device=self.device.torch,
+            dtype=DTYPES[config.centers_dtype],
+            momentum_dtype=DTYPES[config.momentum_dtype],
+            momentum_on_host=config.momentum_on_host,
+        )
         groups = optim.parameter_groups(self.backbone, config.net_mode, config.weight_decay)
         self.optimizer = self.precision.prepare(
-            self.backbone, lambda groups: optim.make_sgd(groups, config.lr, config.momentum, self.device), groups)
+            self.backbone, lambda groups: optim.make_sgd(groups, config.lr, config.momentum, self.device), groups
+        )
         # The compiled module shares the backbone's parameters; checkpoints and verification use the backbone itself.
         self.ddp = wrap_data_parallel(self.device.compiled(self.backbone) if config.static else self.backbone, world)
         self.schedule = make_schedule(config, self.steps_per_epoch)
@@ -177,19 +228,32 @@ class Learner:
         if config.fs_dir_for_save and world.is_main:
             uploads = self.uploader = self.files.uploader(config.fs_dir_for_save)
         if config.checkpoint == "sharded":
-            saver = self.saver = sharded.Saver(self.files.sharded, world, keep=config.keep + 1,
-                                               published=self.uploader and self.uploader.put)
+            saver = self.saver = sharded.Saver(
+                self.files.sharded, world, keep=config.keep + 1, published=self.uploader and self.uploader.put
+            )
         self.save_every = sharded.SaveEvery(config.save_every, config.save_minutes, world)
         tracing = profiled(self.device, run_dir / "profile", config.profile and world.is_main)
         with self.log, uploads, saver, tracing as self.profiler, caught_signals() as caught:
-            self.log.record("run", case=config.case, network=self.network, batch_size=config.batch_size,
-                            command=runlog.command_line(config.fs_ugi), device=self.device.describe(),
-                            num_classes=self.meta["num_classes"], images=len(self.dataset),
-                            opt_level=self.precision.policy.name, fast_paths=self.fast_paths())
+            self.log.record(
+                "run",
+                case=config.case,
+                network=self.network,
+                batch_size=config.batch_size,
+                command=runlog.command_line(config.fs_ugi),
+                device=self.device.describe(),
+                num_classes=self.meta["num_classes"],
+                images=len(self.dataset),
+                opt_level=self.precision.policy.name,
+                fast_paths=self.fast_paths(),
+            )
             if config.with_test and self.step == 0:
                 self._verify(untrained=True)
-            self.speed = Speed(self.device, world, config.batch_size,
-                               min(WARMUP_STEPS, (config.epochs - self.epoch) * self.steps_per_epoch // 2))
+            self.speed = Speed(
+                self.device,
+                world,
+                config.batch_size,
+                min(WARMUP_STEPS, (config.epochs - self.epoch) * self.steps_per_epoch // 2),
+            )
             reason = "failed"
             try:
                 while self.epoch < config.epochs:
@@ -230,16 +294,33 @@ class Learner:
                     mean, correct, *top5 = (value / steps for value in sums.tolist())
                     self.accuracy_of_training = correct / config.batch_size
                     top5 = {"accuracy_top5": top5[0] / config.batch_size} if top5 else {}
-                    log.record("step", step=self.step, epoch=self.epoch, loss=mean, lr=lr,
-                               accuracy=self.accuracy_of_training, **top5, images_per_s=self.speed.recent(),
-                               scale=self.precision.scale, skipped=self.precision.skipped,
-                               memory=self.device.max_memory_allocated(), damaged=self.loader.damaged)
+                    log.record(
+                        "step",
+                        step=self.step,
+                        epoch=self.epoch,
+                        loss=mean,
+                        lr=lr,
+                        accuracy=self.accuracy_of_training,
+                        **top5,
+                        images_per_s=self.speed.recent(),
+                        scale=self.precision.scale,
+                        skipped=self.precision.skipped,
+                        memory=self.device.max_memory_allocated(),
+                        damaged=self.loader.damaged,
+                    )
                     log.scalar("train_loss", mean, self.step)
                     log.scalar("learning_rate", lr, self.step)
                     if bar.disable:
-                        logger.info("epoch %d step %d/%d loss %.4f accuracy %.4f lr %.3g %.1f images/s", self.epoch,
-                                    self.step_in_epoch, self.steps_per_epoch, mean, self.accuracy_of_training, lr,
-                                    self.speed.recent())
+                        logger.info(
+                            "epoch %d step %d/%d loss %.4f accuracy %.4f lr %.3g %.1f images/s",
+                            self.epoch,
+                            self.step_in_epoch,
+                            self.steps_per_epoch,
+                            mean,
+                            self.accuracy_of_training,
+                            lr,
+                            self.speed.recent(),
+                        )
                     bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{self.speed.recent():.1f}", lr=f"{lr:.3g}")
                     if not math.isfinite(mean):
                         logger.warning("loss is not finite at step %d", self.step)
@@ -273,8 +354,13 @@ class Learner:
             sums = sums + torch.stack([loss, *(count.to(loss.dtype) for count in counts)])
         optim.set_lr(self.optimizer, lr)
         head_lr = lr * self.config.head_lr_factor
-        self.precision.step(self.optimizer, self.head, head_lr, self.config.clip_grad_norm or None,
-                            lambda: first_non_finite(self.backbone, lambda: self._scaled_loss(images, labels)))
+        self.precision.step(
+            self.optimizer,
+            self.head,
+            head_lr,
+            self.config.clip_grad_norm or None,
+            lambda: first_non_finite(self.backbone, lambda: self._scaled_loss(images, labels)),
+        )
         return sums
 
     def _scaled_loss(self, images, labels):
@@ -285,8 +371,10 @@ class Learner:
 
     def _to_device(self, batch):
         """A loader's Batch -> (images [B, 3, H, W] as the backbone wants them, labels [B]), on the device."""
-        images, labels, flip = (tensor.to(self.device.torch, non_blocking=True)
-                                for tensor in (batch.images_BHWC, batch.labels_B, batch.flip_B))
+        images, labels, flip = (
+            tensor.to(self.device.torch, non_blocking=True)
+            for tensor in (batch.images_BHWC, batch.labels_B, batch.flip_B)
+        )
         images = transforms.to_input(images, flip, memory_format=self.memory_format)
         return self.precision.cast_input(images), labels
 
@@ -311,13 +399,21 @@ class Learner:
         average_buffers(self.backbone, self.world)
         paths = self._find_pair_sets() if pair_sets is None else pair_sets
         sets = {name: pairs.load_pairs(path) for name, path in paths.items()}
-        return embed.verify(self.backbone, sets, self.device, self.world, to_input=self._embed_input,
-                            batch_size=self.config.eval_batch_size, flip_sum=self.config.flip_sum,
-                            autocast=self.precision.autocast)
+        return embed.verify(
+            self.backbone,
+            sets,
+            self.device,
+            self.world,
+            to_input=self._embed_input,
+            batch_size=self.config.eval_batch_size,
+            flip_sum=self.config.flip_sum,
+            autocast=self.precision.autocast,
+        )
 
     def _embed_input(self, images_BHWC: torch.Tensor) -> torch.Tensor:
-        return self.precision.cast_input(transforms.to_input(images_BHWC, memory_format=self.memory_format,
-                                                             channel_order=self.channel_order))
+        return self.precision.cast_input(
+            transforms.to_input(images_BHWC, memory_format=self.memory_format, channel_order=self.channel_order)
+        )
 
     def _find_pair_sets(self) -> dict:
         if not self.config.with_test or self.config.data_mode == "synthetic":
@@ -335,10 +431,17 @@ class Learner:
             return
         results = self.evaluate(self.pair_sets)
         for name, result in results.items():
-            logger.info("%s_accuracy: %.5f +- %.5f at %.2f%s", name, result.accuracy, result.std, result.threshold,
-                        " (untrained)" if untrained else "")
-            self.log.record("verify", step=self.step, epoch=self.epoch, set=name, untrained=untrained,
-                            **embed.as_record(result))
+            logger.info(
+                "%s_accuracy: %.5f +- %.5f at %.2f%s",
+                name,
+                result.accuracy,
+                result.std,
+                result.threshold,
+                " (untrained)" if untrained else "",
+            )
+            self.log.record(
+                "verify", step=self.step, epoch=self.epoch, set=name, untrained=untrained, **embed.as_record(result)
+            )
             self.log.scalar(f"{name}_accuracy", result.accuracy, self.step)
             self.log.scalar(f"{name}_best_threshold", result.threshold, self.step)
             self.log.figure(f"{name}_roc_curve", partial(embed.roc_figure, result, name), self.step)
@@ -347,9 +450,16 @@ class Learner:
 
     def embed(self, images) -> np.ndarray:
         """uint8 RGB [N, H, W, 3] -> unit float32 [N, D]."""
-        return embed.embed_images(self.backbone, images, self.device, self.world, to_input=self._embed_input,
-                                  batch_size=self.config.eval_batch_size, flip_sum=self.config.flip_sum,
-                                  autocast=self.precision.autocast)
+        return embed.embed_images(
+            self.backbone,
+            images,
+            self.device,
+            self.world,
+            to_input=self._embed_input,
+            batch_size=self.config.eval_batch_size,
+            flip_sum=self.config.flip_sum,
+            autocast=self.precision.autocast,
+        )
 
     def infer(self, faces, target_embeddings, threshold: Optional[float] = None):
         """Who is on each face? faces: uint8 RGB [N, H, W, 3] or a list of such images; target_embeddings [M, D].
@@ -362,8 +472,7 @@ class Learner:
 
     # --- learning-rate range ----------------------------------------------------------------------------------------
 
-    def find_lr(self, lowest: float = 1e-6, highest: float = 10.0, steps: int = 100,
-                plot_path: Optional[str] = None):
+    def find_lr(self, lowest: float = 1e-6, highest: float = 10.0, steps: int = 100, plot_path: Optional[str] = None):
         """Learning-rate range test (arXiv 1506.01186): raises the rate from lowest to highest over `steps` updates.
 
         Stops early where the loss passes four times its lowest. Returns (rates, smoothed losses); plot_path: a PNG to
@@ -411,8 +520,12 @@ class Learner:
             **self.tuned,
         }
         if self.optimizer is not None:
-            paths.update(static=self.config.static, sgd=optim.sgd_kind(self.optimizer), head_op=self.head.op.name,
-                         copy_beside_compute=self.device.kind != "cpu")
+            paths.update(
+                static=self.config.static,
+                sgd=optim.sgd_kind(self.optimizer),
+                head_op=self.head.op.name,
+                copy_beside_compute=self.device.kind != "cpu",
+            )
         return paths
 
     def _state(self) -> dict[str, Any]:
@@ -423,11 +536,16 @@ class Learner:
             "optimizer": optim.optimizer_state(self.optimizer, self.precision.names),
             "epoch": self.epoch if self.step_in_epoch else max(0, self.epoch - 1),  # the one last trained in
             "config": self.config.as_dict(),
-            "meta": dict(self.meta, channel_order=self.channel_order, threshold=self.threshold,
-                         versions=runlog.versions()),
+            "meta": dict(
+                self.meta, channel_order=self.channel_order, threshold=self.threshold, versions=runlog.versions()
+            ),
             "training": {
-                "step": self.step, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
-                "accuracy": self.accuracy, "damaged": self.loader.damaged, "saved": list(self.saved),
+                "step": self.step,
+                "epoch": self.epoch,
+                "step_in_epoch": self.step_in_epoch,
+                "accuracy": self.accuracy,
+                "damaged": self.loader.damaged,
+                "saved": list(self.saved),
                 "precision": self.precision.state_dict(),
                 "rng": self.world.all_gather_object(self.device.rng_state()),
             },
@@ -530,17 +648,29 @@ class Learner:
         """Refuses a head that would not fit, before it is allocated. Beside it the device has to hold the backbone's
         gradients, momentum and masters, and what --memory_reserve asks for."""
         config = self.config
-        form = plan.Form(DTYPES[config.centers_dtype],
-                         None if config.momentum_dtype == "none" or not config.momentum else
-                         DTYPES[config.momentum_dtype], config.momentum_on_host)
+        form = plan.Form(
+            DTYPES[config.centers_dtype],
+            None if config.momentum_dtype == "none" or not config.momentum else DTYPES[config.momentum_dtype],
+            config.momentum_on_host,
+        )
         head = plan.HeadPlan(
-            self.dataset.num_classes, config.embedding_size, self.world.size,
-            config.batch_size // (self.world.size * config.accumulate), config.sample_rate, form, config.head_update,
-            config.update_rows, self.device.kind, torch.empty(0, dtype=self.precision.policy.compute).element_size())
+            self.dataset.num_classes,
+            config.embedding_size,
+            self.world.size,
+            config.batch_size // (self.world.size * config.accumulate),
+            config.sample_rate,
+            form,
+            config.head_update,
+            config.update_rows,
+            self.device.kind,
+            torch.empty(0, dtype=self.precision.policy.compute).element_size(),
+        )
         backbone = 3 * 4 * sum(parameter.numel() for parameter in self.backbone.parameters())
         sharing = self.world.local_size
-        free = (self.device.free_memory() // (sharing if self.device.kind == "cpu" else 1),
-                Device("cpu").free_memory() // sharing)
+        free = (
+            self.device.free_memory() // (sharing if self.device.kind == "cpu" else 1),
+            Device("cpu").free_memory() // sharing,
+        )
         # All ranks look before any of them allocates, and come to the same answer.
         device, host = (min(values) for values in zip(*self.world.all_gather_object(free)))
         plan.check(head, max(0, device - backbone - plan.parse_size(config.memory_reserve)), host)
@@ -618,8 +748,12 @@ class Speed:
 
     def window(self) -> dict:
         images = self.steps * self.images_a_step
-        return {"images": images, "seconds": self.seconds, "steps": self.steps,
-                "images_per_s": images / self.seconds if self.seconds else None}
+        return {
+            "images": images,
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "images_per_s": images / self.seconds if self.seconds else None,
+        }
 
 
 def policy_name(config: Config, device: Device) -> str:
@@ -698,5 +832,11 @@ def progress(world: World, epoch: int, epochs: int, total: int, done: int):
     """A tqdm bar on rank 0's terminal; elsewhere it is disabled, and plain lines take its place."""
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, desc=f"epoch {epoch + 1}/{epochs}", unit="step", dynamic_ncols=True,
-                disable=not world.is_main or not sys.stderr.isatty())
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=f"epoch {epoch + 1}/{epochs}",
+        unit="step",
+        dynamic_ncols=True,
+        disable=not world.is_main or not sys.stderr.isatty(),
+    )

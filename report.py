@@ -5,6 +5,7 @@
 Prints the `Final ...` lines and writes <CaseName>.log, report.json and report.html (one file, nothing loaded from
 elsewhere; matplotlib draws its plots). A run that was stopped gets its JSON and page, but no `Final` line and no log.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -295,10 +296,14 @@ def plots(report: dict, curves: dict) -> dict[str, str]:
     xs, losses = column("loss")
     raw = {"color": COLOURS[0], "linewidth": 1.8, "marker": "o" if len(xs) < 15 else None, "markersize": 3}
     if len(xs) > 50:
-        panel("Loss", "loss", [
-            ("each step", xs, losses, {**raw, "alpha": 0.3, "linewidth": 0.8}),
-            ("running mean", *_running_mean(*_known(xs, losses)), raw),
-        ])
+        panel(
+            "Loss",
+            "loss",
+            [
+                ("each step", xs, losses, {**raw, "alpha": 0.3, "linewidth": 0.8}),
+                ("running mean", *_running_mean(*_known(xs, losses)), raw),
+            ],
+        )
     else:
         panel("Loss", "loss", [("loss", xs, losses, raw)])
 
@@ -306,9 +311,9 @@ def plots(report: dict, curves: dict) -> dict[str, str]:
     for entry, colour in zip(report["verification"], COLOURS * 2):
         results = [line for line in curves["verifications"] if line["set"] == entry["set"]]
         style = {"color": colour, "linewidth": 1.8, "marker": "o", "markersize": 4}
-        accuracies.append((
-            f"verification, {entry['set']}", [r["step"] for r in results], [r["accuracy"] for r in results], style
-        ))
+        accuracies.append(
+            (f"verification, {entry['set']}", [r["step"] for r in results], [r["accuracy"] for r in results], style)
+        )
     if steps:
         panel("Accuracy", "fraction", accuracies, ylim=(-0.02, 1.02))
 
@@ -368,9 +373,13 @@ def page(report: dict, curves: dict, contact_sheet: Path) -> str:
     elif "ROC" not in images and not no_plots:
         missing.append("no ROC: the sets hold pairs of one kind only")
 
-    state = "" if report["complete"] else (
-        f'<p class="stopped">This run was stopped before its end ({html.escape(str(report["reason"]))}). '
-        "Its numbers are those of the part that ran.</p>"
+    state = (
+        ""
+        if report["complete"]
+        else (
+            f'<p class="stopped">This run was stopped before its end ({html.escape(str(report["reason"]))}). '
+            "Its numbers are those of the part that ran.</p>"
+        )
     )
     values = {
         "title": html.escape(report["case"]),

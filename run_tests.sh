@@ -60,6 +60,7 @@ environment_213() {
 }
 
 part ruff "$PYTHON" -m ruff check .
+part format "$PYTHON" -m ruff format --check .
 part main main_tests "$PYTHON"
 part npu npu_tests "$PYTHON" test/npu
 part 1.8_legacy bash test/legacy.sh

@@ -1,4 +1,5 @@
 """Train a face recognition network: `python train.py --recipe=full_1p --data_path=...`, alone or under torchrun."""
+
 from __future__ import annotations
 
 import sys

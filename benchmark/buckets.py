@@ -78,10 +78,19 @@ def main() -> None:
             raise DeviceError("one rank exchanges nothing: start this with torchrun --nproc-per-node=2")
         rows = measure(options, device, world)
         if world.is_main:
-            record = {"benchmark": "buckets", "date": time.strftime("%Y-%m-%d"), "device": device.describe(),
-                      "backend": device.backend, "ranks": world.size, "net": options.net, "rounds": options.rounds,
-                      "batch_size_of_a_rank": options.batch_size, "threads": torch.get_num_threads(),
-                      "load": [round(value, 1) for value in os.getloadavg()], "rows": rows}
+            record = {
+                "benchmark": "buckets",
+                "date": time.strftime("%Y-%m-%d"),
+                "device": device.describe(),
+                "backend": device.backend,
+                "ranks": world.size,
+                "net": options.net,
+                "rounds": options.rounds,
+                "batch_size_of_a_rank": options.batch_size,
+                "threads": torch.get_num_threads(),
+                "load": [round(value, 1) for value in os.getloadavg()],
+                "rows": rows,
+            }
             name = f"{record['date']}_buckets_{device.kind}_torch-{torch.__version__.split('+')[0]}.json"
             options.output.mkdir(parents=True, exist_ok=True)
             (options.output / name).write_text(json.dumps(record, indent=1) + "\n")
@@ -110,11 +119,19 @@ def measure(options, device, world) -> list:
     rows = []
     for name, form in forms.items():
         speedup = statistics.median(p / t for p, t in zip(taken["plain"][2:], taken[name][2:]))
-        rows.append({"form": name, "step_s": round(statistics.median(taken[name][2:]), 4), "speedup": round(speedup, 3),
-                     "gradient_MiB": round(form.gradient_bytes() / 2**20, 1)})
+        rows.append(
+            {
+                "form": name,
+                "step_s": round(statistics.median(taken[name][2:]), 4),
+                "speedup": round(speedup, 3),
+                "gradient_MiB": round(form.gradient_bytes() / 2**20, 1),
+            }
+        )
         if world.is_main:
-            sys.stdout.write(f"{name:<26}{rows[-1]['step_s']:>9.4f} s{rows[-1]['speedup']:>8.3f}x"
-                             f"{rows[-1]['gradient_MiB']:>8.1f} MiB\n")
+            sys.stdout.write(
+                f"{name:<26}{rows[-1]['step_s']:>9.4f} s{rows[-1]['speedup']:>8.3f}x"
+                f"{rows[-1]['gradient_MiB']:>8.1f} MiB\n"
+            )
     return rows
 
 

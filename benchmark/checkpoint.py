@@ -50,8 +50,11 @@ def load(path: str, classes: int, width: int) -> dict:
         expected_C = sign * torch.arange(classes, dtype=torch.float32)
         if not all(torch.equal(rows[name][0][:, column], expected_C) for column in (0, width - 1)):
             raise SystemExit(f"{name}: other rows came back than were saved")
-    return {"seconds": seconds, "shard_bytes": 2 * 4 * classes * width,
-            "bytes_above": device.max_memory_allocated() - before}
+    return {
+        "seconds": seconds,
+        "shard_bytes": 2 * 4 * classes * width,
+        "bytes_above": device.max_memory_allocated() - before,
+    }
 
 
 def main() -> None:
@@ -75,18 +78,35 @@ def main() -> None:
         path = reshard.convert(sharded.newest(Path(folder) / "one"), Path(folder) / "many", options.saved_on)
         converted = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "benchmark.checkpoint", f"--load={path}", f"--classes={classes}",
-             f"--embedding_size={width}"],
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}, stdout=subprocess.PIPE, text=True, check=True)
+            [
+                sys.executable,
+                "-m",
+                "benchmark.checkpoint",
+                f"--load={path}",
+                f"--classes={classes}",
+                f"--embedding_size={width}",
+            ],
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
     loaded = json.loads(done.stdout)
     record = {
-        "benchmark": "checkpoint", "date": time.strftime("%Y-%m-%d"), "machine": Device("cpu").describe(),
+        "benchmark": "checkpoint",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": Device("cpu").describe(),
         "command": f"python -m benchmark.checkpoint --classes {classes} --embedding_size {width} "
-                   f"--saved_on {options.saved_on}",
-        "load": " ".join(f"{value:.1f}" for value in os.getloadavg()), "classes": classes, "embedding_size": width,
-        "saved_on": options.saved_on, "save_s": round(saved - start, 2),
-        "convert_s": round(converted - saved, 2), "load_s": round(loaded["seconds"], 2),
-        "shard_bytes": loaded["shard_bytes"], "bytes_above_shard": loaded["bytes_above"],
+        f"--saved_on {options.saved_on}",
+        "load": " ".join(f"{value:.1f}" for value in os.getloadavg()),
+        "classes": classes,
+        "embedding_size": width,
+        "saved_on": options.saved_on,
+        "save_s": round(saved - start, 2),
+        "convert_s": round(converted - saved, 2),
+        "load_s": round(loaded["seconds"], 2),
+        "shard_bytes": loaded["shard_bytes"],
+        "bytes_above_shard": loaded["bytes_above"],
         "share_above": round(loaded["bytes_above"] / loaded["shard_bytes"], 4),
     }
     sys.stdout.write(json.dumps(record, indent=1) + "\n")

@@ -94,9 +94,17 @@ def build(case, device):
         return step, classes * dim * (8 if case["momentum"] else 4)
     if case["way"] == "arcface_torch":
         return build_peer(case, device), classes * dim * (8 if case["momentum"] else 4)
-    head = MarginHead(classes, dim, sample_rate=case["sample_rate"], momentum=case["momentum"], device=device.torch,
-                      dtype=getattr(torch, case["dtype"]), momentum_dtype=getattr(torch, case["momentum_dtype"]),
-                      momentum_on_host=case["momentum_on_host"], **WAYS[case["way"]])
+    head = MarginHead(
+        classes,
+        dim,
+        sample_rate=case["sample_rate"],
+        momentum=case["momentum"],
+        device=device.torch,
+        dtype=getattr(torch, case["dtype"]),
+        momentum_dtype=getattr(torch, case["momentum_dtype"]),
+        momentum_on_host=case["momentum_on_host"],
+        **WAYS[case["way"]],
+    )
 
     def step(emb_BD, label_B):
         head.set_lr(0.1)
@@ -145,15 +153,28 @@ def ceilings(device) -> dict:
             taken.append(time.perf_counter() - start)
         return min(taken[1:])
 
-    return {"matmul": 2 * size**3 / best(lambda: torch.mm(a, b)), "copy": 8 * source.numel() / best(
-        lambda: target.copy_(source))}
+    return {
+        "matmul": 2 * size**3 / best(lambda: torch.mm(a, b)),
+        "copy": 8 * source.numel() / best(lambda: target.copy_(source)),
+    }
 
 
 def plan_of(case, device) -> HeadPlan:
-    form = Form(getattr(torch, case["dtype"]), getattr(torch, case["momentum_dtype"]) if case["momentum"] else None,
-                case["momentum_on_host"])
-    return HeadPlan(case["classes"], case["embedding_size"], 1, case["batch_size"], case["sample_rate"], form,
-                    update=WAYS.get(case["way"], {}).get("update", "step"), device_type=device.kind)
+    form = Form(
+        getattr(torch, case["dtype"]),
+        getattr(torch, case["momentum_dtype"]) if case["momentum"] else None,
+        case["momentum_on_host"],
+    )
+    return HeadPlan(
+        case["classes"],
+        case["embedding_size"],
+        1,
+        case["batch_size"],
+        case["sample_rate"],
+        form,
+        update=WAYS.get(case["way"], {}).get("update", "step"),
+        device_type=device.kind,
+    )
 
 
 def needed(case, device) -> int:
@@ -196,12 +217,18 @@ def measure(case) -> dict:
         cpu_seconds.append(time.process_time() - cpu)
         losses.append(float(loss))
     plan, rates = plan_of(case, device), case["ceilings"]
-    return {"seconds": min(seconds[1:]),
-            "matmul_share": plan.operations / rates["matmul"] / min(seconds[1:]),
-            "copy_share": plan.device_traffic / rates["copy"] / min(seconds[1:]),
-            "cpu_seconds": min(cpu_seconds[1:]), "state_bytes": state,
-            "bytes_above_state": device.max_memory_allocated() - before - state, "first_loss": losses[0],
-            "last_loss": losses[-1], "drawn": plan.drawn, "load_average": os.getloadavg()[0]}
+    return {
+        "seconds": min(seconds[1:]),
+        "matmul_share": plan.operations / rates["matmul"] / min(seconds[1:]),
+        "copy_share": plan.device_traffic / rates["copy"] / min(seconds[1:]),
+        "cpu_seconds": min(cpu_seconds[1:]),
+        "state_bytes": state,
+        "bytes_above_state": device.max_memory_allocated() - before - state,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "drawn": plan.drawn,
+        "load_average": os.getloadavg()[0],
+    }
 
 
 def run(case) -> dict:
@@ -210,8 +237,12 @@ def run(case) -> dict:
     room, needs = device.free_memory(), needed(case, device)
     if needs + 2 * 10**9 > room:
         return {"left_out": f"needs about {needs / 1e9:.1f} GB, {room / 1e9:.1f} are there"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmark.head", "--one", json.dumps(case)],
-                          env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmark.head", "--one", json.dumps(case)],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         return {"left_out": (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -221,10 +252,12 @@ def line(case, row) -> str:
     name = f"{case['way']:<24}{case['classes']:>12,}{case['sample_rate']:>7g}"
     if "left_out" in row:
         return f"{name}  left out: {row['left_out']}"
-    return (f"{name}{row['drawn']:>12,}{row['seconds']:>10.3f}{row['cpu_seconds']:>10.3f}"
-            f"{row['state_bytes'] / 1e6:>11,.0f}{row['bytes_above_state'] / 1e6:>12,.0f}"
-            f"{row['matmul_share']:>8.2f}{row['copy_share']:>6.2f}"
-            f"{row['first_loss']:>10.4f}")
+    return (
+        f"{name}{row['drawn']:>12,}{row['seconds']:>10.3f}{row['cpu_seconds']:>10.3f}"
+        f"{row['state_bytes'] / 1e6:>11,.0f}{row['bytes_above_state'] / 1e6:>12,.0f}"
+        f"{row['matmul_share']:>8.2f}{row['copy_share']:>6.2f}"
+        f"{row['first_loss']:>10.4f}"
+    )
 
 
 def main() -> None:
@@ -248,16 +281,30 @@ def main() -> None:
     if options.one:
         sys.stdout.write(json.dumps(measure(json.loads(options.one))) + "\n")
         return
-    shared = {name: getattr(options, name) for name in
-              ("device", "batch_size", "embedding_size", "momentum", "dtype", "momentum_dtype", "momentum_on_host",
-               "peer", "repeats", "threads")}
+    shared = {
+        name: getattr(options, name)
+        for name in (
+            "device",
+            "batch_size",
+            "embedding_size",
+            "momentum",
+            "dtype",
+            "momentum_dtype",
+            "momentum_on_host",
+            "peer",
+            "repeats",
+            "threads",
+        )
+    }
     device = parse_device(options.device)
     shared["ceilings"] = ceilings(device)
     classes = options.classes or ([1e5, 1e6, 1e7] if options.sweep else [1e6])
     rates = options.sample_rate or ([1.0, 0.1, 0.01] if options.sweep else [1.0])
     ways = ways_of(device.kind, options.sweep, options.peer)
-    sys.stdout.write(f"{'way':<24}{'classes':>12}{'rate':>7}{'drawn':>12}{'seconds':>10}{'cpu s':>10}{'state MB':>11}"
-                     f"{'above it MB':>12}{'matmul':>8}{'copy':>6}{'loss':>10}\n")
+    sys.stdout.write(
+        f"{'way':<24}{'classes':>12}{'rate':>7}{'drawn':>12}{'seconds':>10}{'cpu s':>10}{'state MB':>11}"
+        f"{'above it MB':>12}{'matmul':>8}{'copy':>6}{'loss':>10}\n"
+    )
     rows = []
     for count in classes:
         for rate in rates:
@@ -270,10 +317,15 @@ def main() -> None:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"head_{'sweep_' if options.sweep else ''}{device.kind}_{time.strftime('%Y-%m-%d')}.json"
-    record = {"date": time.strftime("%Y-%m-%d %H:%M"), "device": device.describe(), "python": sys.version.split()[0],
-              "threads": options.threads or torch.get_num_threads(),
-              "command": shlex.join(["python", "-m", "benchmark.head", *sys.argv[1:]]),
-              "ceilings": shared["ceilings"], "rows": rows}
+    record = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "device": device.describe(),
+        "python": sys.version.split()[0],
+        "threads": options.threads or torch.get_num_threads(),
+        "command": shlex.join(["python", "-m", "benchmark.head", *sys.argv[1:]]),
+        "ceilings": shared["ceilings"],
+        "rows": rows,
+    }
     (folder / name).write_text(json.dumps(record, indent=1) + "\n")
     sys.stdout.write(f"{folder / name}\n")
 

@@ -7,6 +7,7 @@ collation), this project's loader (uint8 batches: flip and normalisation are the
 loader with that work done on the same core, for those who train on it. Rates are images per second of CPU time, so
 that other programs on the machine do not count; each is the best of the rounds.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,8 +41,9 @@ def plain_transform():
     if transforms is not None:
         return transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
     mean = std = torch.full((3, 1, 1), 0.5)
-    return lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255).sub_(
-        mean).div_(std)
+    return lambda image: (
+        torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255).sub_(mean).div_(std)
+    )
 
 
 class PlainDataset(Dataset):
@@ -91,8 +93,13 @@ def compare(folder: Path, batch_size: int, rounds: int) -> dict:
     for _ in range(rounds):
         for name, run in ways.items():
             rates[name].append(measure(run, len(ours) * batch_size))
-    return {name: {"images_per_cpu_s": round(max(cpu for cpu, _ in found)),
-                   "images_per_s": round(max(wall for _, wall in found))} for name, found in rates.items()}
+    return {
+        name: {
+            "images_per_cpu_s": round(max(cpu for cpu, _ in found)),
+            "images_per_s": round(max(wall for _, wall in found)),
+        }
+        for name, found in rates.items()
+    }
 
 
 def main() -> None:
@@ -116,16 +123,23 @@ def main() -> None:
         "benchmark": "loader",
         "date": time.strftime("%Y-%m-%d"),
         "command": f"python -m benchmark.loader --data_path {folder.name if options.data_path else '(drawn faces)'} "
-                   f"--batch_size {options.batch_size} --rounds {options.rounds}",
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                 cwd=Path(__file__).parent).stdout.strip() or "unknown",
+        f"--batch_size {options.batch_size} --rounds {options.rounds}",
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+        or "unknown",
         "machine": Device("cpu").describe()["name"],
         "threads": 1,
         "images": len(dataset),
         "mean_jpeg_bytes": round(float(mean_bytes)),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "pillow": pillow_version, "simplejpeg": getattr(images.simplejpeg, "__version__", None),
-                     "torchvision": transforms is not None},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "pillow": pillow_version,
+            "simplejpeg": getattr(images.simplejpeg, "__version__", None),
+            "torchvision": transforms is not None,
+        },
         "ways": ways,
         "times_faster": round(ways["loader"]["images_per_cpu_s"] / plain, 2),
         "times_faster_with_to_input": round(ways["loader_and_to_input"]["images_per_cpu_s"] / plain, 2),

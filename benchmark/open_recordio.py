@@ -7,6 +7,7 @@ each, with a hole of the size that real ones would take before them, so that the
 and takes little disk. Measured is a fresh process from before the package `data` is imported to a data set with its
 length and class count, and then to the labels of all images.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,8 +25,18 @@ from data.recordio import MAGIC
 from runtime.device import Device
 
 _IMAGE_BYTES = 2900  # of faces_emore, about
-_RECORD = np.dtype([("magic", "<u4"), ("length", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8"),
-                    ("id2", "<u8"), ("labels", "<f4", 2), ("image", "S8")])
+_RECORD = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("length", "<u4"),
+        ("flag", "<u4"),
+        ("label", "<f4"),
+        ("id", "<u8"),
+        ("id2", "<u8"),
+        ("labels", "<f4", 2),
+        ("image", "S8"),
+    ]
+)
 _OPEN = """
 import json, sys, time
 def peak_mb():  # of this program alone: getrusage would count the process it was forked from
@@ -54,8 +65,9 @@ def generate(folder: Path, records: int, identities: int) -> None:
     images["image"] = b"no image"
     people = np.zeros(identities + 1, _RECORD)  # the header is one of them, and stands first
     people["magic"], people["length"], people["flag"] = MAGIC, _RECORD.itemsize - 16, 2
-    people["labels"] = np.stack([np.append(records + 1, bounds[:-1]), np.append(records + 1 + identities, bounds[1:])],
-                                1)
+    people["labels"] = np.stack(
+        [np.append(records + 1, bounds[:-1]), np.append(records + 1 + identities, bounds[1:])], 1
+    )
     people = np.frombuffer(people.tobytes(), np.uint8).reshape(len(people), _RECORD.itemsize)[:, :-8]  # no image
     with open(folder / "train.rec", "wb") as file:
         file.write(people[0].tobytes())
@@ -63,12 +75,17 @@ def generate(folder: Path, records: int, identities: int) -> None:
         file.write(images.tobytes())
         people_at = file.tell()
         file.write(people[1:].tobytes())
-    offsets = np.concatenate([[0], images_at + np.arange(records) * _RECORD.itemsize,
-                              people_at + np.arange(identities) * people.shape[1]])
+    offsets = np.concatenate(
+        [[0], images_at + np.arange(records) * _RECORD.itemsize, people_at + np.arange(identities) * people.shape[1]]
+    )
     with open(folder / "train.idx", "w", encoding="ascii") as file:
         for begin in range(0, len(offsets), 1 << 18):
-            file.write("".join(f"{begin + row}\t{offset}\n"
-                               for row, offset in enumerate(offsets[begin:begin + (1 << 18)].tolist())))
+            file.write(
+                "".join(
+                    f"{begin + row}\t{offset}\n"
+                    for row, offset in enumerate(offsets[begin : begin + (1 << 18)].tolist())
+                )
+            )
     (folder / "property").write_text(f"{identities},112,112")
 
 
@@ -82,9 +99,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         generate(Path(scratch), options.records, options.identities)
         sizes = {name: (Path(scratch) / name).stat().st_size for name in ("train.rec", "train.idx")}
-        runs = [json.loads(subprocess.run([sys.executable, "-c", _OPEN, scratch], capture_output=True, text=True,
-                                          check=True, cwd=Path(__file__).parent.parent).stdout)
-                for _ in range(options.repeats)]
+        runs = [
+            json.loads(
+                subprocess.run(
+                    [sys.executable, "-c", _OPEN, scratch],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                    cwd=Path(__file__).parent.parent,
+                ).stdout
+            )
+            for _ in range(options.repeats)
+        ]
     best = min(runs, key=lambda run: run["seconds"])
     assert best["images"] == options.records and best["last_label"] == options.identities - 1
     record = {

@@ -38,9 +38,7 @@ class Unit(nn.Module):
     def __init__(self, before: int, width: int, stride: int, squeeze_excite: bool):
         super().__init__()
         if before != width:
-            self.shortcut_layer = nn.Sequential(
-                nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
+            self.shortcut_layer = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
         else:
             self.shortcut_layer = nn.MaxPool2d(1, stride) if stride > 1 else nn.Identity()
         self.res_layer = nn.Sequential(

@@ -104,8 +104,9 @@ def main(argv=None) -> None:
         "O0_final_losses": final,
         "O0_spread": [min(final), max(final)],
         "final_losses": {run["policy"]: run["final_loss"] for run in runs[options.seeds :]},
-        "within_the_spread": {run["policy"]: min(final) <= run["final_loss"] <= max(final)
-                              for run in runs[options.seeds :]},
+        "within_the_spread": {
+            run["policy"]: min(final) <= run["final_loss"] <= max(final) for run in runs[options.seeds :]
+        },
         "machine": device.describe(),
         "date": time.strftime("%Y-%m-%d"),
     }

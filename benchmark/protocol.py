@@ -4,6 +4,7 @@
 
 `evaluate_pairs_plainly` is also the specification: the tests hold `verify.protocol` to its numbers.
 """
+
 from __future__ import annotations
 
 import argparse

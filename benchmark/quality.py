@@ -51,24 +51,30 @@ BASE = "fp32 + fp32"
 
 def form_options(form) -> dict:
     """A form of `model.plan` as `MarginHead` takes it."""
-    return dict(dtype=form.dtype, momentum_dtype=form.momentum_dtype or torch.float32,
-                momentum=MOMENTUM if form.momentum_dtype else 0.0, momentum_on_host=form.momentum_on_host)
+    return dict(
+        dtype=form.dtype,
+        momentum_dtype=form.momentum_dtype or torch.float32,
+        momentum=MOMENTUM if form.momentum_dtype else 0.0,
+        momentum_on_host=form.momentum_on_host,
+    )
 
 
 def make_rows() -> dict:
     """{row: what of `train` differs}. "head_lr" is a factor."""
     half = dict(dtype=torch.bfloat16, momentum_dtype=torch.bfloat16)
     rows = {name: form_options(form) for name, form in FORMS.items()}
-    rows.update({
-        "bf16, no momentum, 10 x lr": dict(rows["bf16, no momentum"], head_lr=10.0),
-        "fp32, no momentum": dict(momentum=0.0),
-        "fp16 + fp32": dict(dtype=torch.float16),
-        "bf16 to nearest + fp32 (control)": dict(dtype=torch.bfloat16, nearest=True),
-        "fp32 + fp32, rate 0.1, drawn": dict(sample_rate=0.1),
-        "fp32 + fp32, rate 0.1, all": dict(sample_rate=0.1, update_rows="all"),
-        "bf16 + bf16, rate 0.1, drawn": dict(half, sample_rate=0.1),
-        "bf16 + bf16, rate 0.1, all": dict(half, sample_rate=0.1, update_rows="all"),
-    })
+    rows.update(
+        {
+            "bf16, no momentum, 10 x lr": dict(rows["bf16, no momentum"], head_lr=10.0),
+            "fp32, no momentum": dict(momentum=0.0),
+            "fp16 + fp32": dict(dtype=torch.float16),
+            "bf16 to nearest + fp32 (control)": dict(dtype=torch.bfloat16, nearest=True),
+            "fp32 + fp32, rate 0.1, drawn": dict(sample_rate=0.1),
+            "fp32 + fp32, rate 0.1, all": dict(sample_rate=0.1, update_rows="all"),
+            "bf16 + bf16, rate 0.1, drawn": dict(half, sample_rate=0.1),
+            "bf16 + bf16, rate 0.1, all": dict(half, sample_rate=0.1, update_rows="all"),
+        }
+    )
     return rows
 
 
@@ -86,7 +92,7 @@ class Problem:
         # pairs: even ones show one person, odd ones two
         first_N = torch.randint(UNSEEN, (PAIRS,), generator=generator)
         other_N = (first_N + torch.randint(1, UNSEEN, (PAIRS,), generator=generator)) % UNSEEN
-        self.same_N = (torch.arange(PAIRS) % 2 == 0)
+        self.same_N = torch.arange(PAIRS) % 2 == 0
         second_N = torch.where(self.same_N, first_N, other_N)
         who_2N = torch.stack([first_N, second_N], dim=1).reshape(-1)
         self.pairs_2NX = self.images(self.unseen_people[who_2N], generator)
@@ -124,8 +130,9 @@ def train(problem, seed, steps=STEPS, head_lr=1.0, nearest=False, margin="arcfac
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(PROBLEM_SEED + 1 + seed)
     net = make_net()
-    head = MarginHead(CLASSES, EMBEDDING, margin=margin, seed=seed, weight_decay=WEIGHT_DECAY,
-                      **{"momentum": MOMENTUM, **options})
+    head = MarginHead(
+        CLASSES, EMBEDDING, margin=margin, seed=seed, weight_decay=WEIGHT_DECAY, **{"momentum": MOMENTUM, **options}
+    )
     optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
     untrained = problem.verify(net)
     losses, started = [], time.perf_counter()
@@ -143,10 +150,14 @@ def train(problem, seed, steps=STEPS, head_lr=1.0, nearest=False, margin="arcfac
             head.step(lr * head_lr)
             losses.append(float(loss.detach()))
     seconds = time.perf_counter() - started
-    return {"final_loss": round(float(np.mean(losses[-100:])), 4),
-            "accuracy": round(problem.verify(net), 5), "untrained_accuracy": round(untrained, 5),
-            "full_loss": round(full_loss(problem, net, head, margin), 4),
-            "first_loss": round(float(np.mean(losses[:10])), 4), "seconds": round(seconds, 1)}
+    return {
+        "final_loss": round(float(np.mean(losses[-100:])), 4),
+        "accuracy": round(problem.verify(net), 5),
+        "untrained_accuracy": round(untrained, 5),
+        "full_loss": round(full_loss(problem, net, head, margin), 4),
+        "first_loss": round(float(np.mean(losses[:10])), 4),
+        "seconds": round(seconds, 1),
+    }
 
 
 def full_loss(problem, net, head, margin) -> float:
@@ -164,8 +175,9 @@ def full_loss(problem, net, head, margin) -> float:
 def row_bytes(options) -> int:
     """Of weight and momentum of a class of 512."""
     has_momentum = options.get("momentum", MOMENTUM) > 0
-    return (bytes_per_row(512, options.get("dtype", torch.float32))
-            + (bytes_per_row(512, options.get("momentum_dtype", torch.float32)) if has_momentum else 0))
+    return bytes_per_row(512, options.get("dtype", torch.float32)) + (
+        bytes_per_row(512, options.get("momentum_dtype", torch.float32)) if has_momentum else 0
+    )
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
@@ -191,50 +203,97 @@ def outside(runs, base, measure) -> str:
 def table(runs_by_row) -> str:
     """The rows as markdown: mean (least to most over the seeds), and which lie outside the spread of fp32 + fp32."""
     base = runs_by_row[BASE]
-    lines = ["| centers + momentum | bytes a class of 512 | loss, last 100 steps | loss, all classes, fresh images | "
-             "verification | beside the seeds of fp32 + fp32 |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| centers + momentum | bytes a class of 512 | loss, last 100 steps | loss, all classes, fresh images | "
+        "verification | beside the seeds of fp32 + fp32 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, runs in runs_by_row.items():
         cells = ["{:.2f} ({:.2f} to {:.2f})".format(*spread(runs, measure)) for measure in ("final_loss", "full_loss")]
         cells.append("{:.4f} ({:.4f} to {:.4f})".format(*spread(runs, "accuracy")))
         verdict = f"loss {outside(runs, base, 'full_loss')}, verification {outside(runs, base, 'accuracy')}"
-        lines.append(f"| {name} | {row_bytes(make_rows()[name]):,} | {' | '.join(cells)} | "
-                     f"{'the spread itself' if name == BASE else verdict} |")
+        lines.append(
+            f"| {name} | {row_bytes(make_rows()[name]):,} | {' | '.join(cells)} | "
+            f"{'the spread itself' if name == BASE else verdict} |"
+        )
     return "\n".join(lines)
 
 
 def record_of(runs_by_row, device) -> dict:
     """What is written: the machine, the problem, each run, and the summary that the table shows."""
-    problem = dict(classes=CLASSES, unseen=UNSEEN, steps=STEPS, batch=BATCH, latent=LATENT, input=INPUT, hidden=HIDDEN,
-                   embedding=EMBEDDING, nuisance=NUISANCE, noise=NOISE, pairs=PAIRS, lr=LR, momentum=MOMENTUM,
-                   weight_decay=WEIGHT_DECAY, milestones=MILESTONES, margin="arcface", s=64, m=0.5)
-    summary = {name: {measure: dict(zip(("mean", "least", "most"), (round(v, 5) for v in spread(runs, measure))),
-                                    beside_base=outside(runs, runs_by_row[BASE], measure)) for measure in MEASURES}
-               for name, runs in runs_by_row.items()} if BASE in runs_by_row else {}
-    return {"benchmark": "quality", "date": time.strftime("%Y-%m-%d"), "command": "python -m benchmark.quality",
-            "commit": commit(), "machine": device.describe(), "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg()[0],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "problem": problem, "summary": summary, "runs": runs_by_row}
+    problem = dict(
+        classes=CLASSES,
+        unseen=UNSEEN,
+        steps=STEPS,
+        batch=BATCH,
+        latent=LATENT,
+        input=INPUT,
+        hidden=HIDDEN,
+        embedding=EMBEDDING,
+        nuisance=NUISANCE,
+        noise=NOISE,
+        pairs=PAIRS,
+        lr=LR,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        milestones=MILESTONES,
+        margin="arcface",
+        s=64,
+        m=0.5,
+    )
+    summary = (
+        {
+            name: {
+                measure: dict(
+                    zip(("mean", "least", "most"), (round(v, 5) for v in spread(runs, measure))),
+                    beside_base=outside(runs, runs_by_row[BASE], measure),
+                )
+                for measure in MEASURES
+            }
+            for name, runs in runs_by_row.items()
+        }
+        if BASE in runs_by_row
+        else {}
+    )
+    return {
+        "benchmark": "quality",
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m benchmark.quality",
+        "commit": commit(),
+        "machine": device.describe(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "problem": problem,
+        "summary": summary,
+        "runs": runs_by_row,
+    }
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return done.stdout.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", nargs="+", choices=list(make_rows()), default=list(make_rows()), metavar="ROW",
-                        help=f"of {', '.join(make_rows())}; {BASE} is always among them")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=list(make_rows()),
+        default=list(make_rows()),
+        metavar="ROW",
+        help=f"of {', '.join(make_rows())}; {BASE} is always among them",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after the run in which they end; 0 = never")
     parser.add_argument("--again", action="store_true", help="do not go on from the record of an earlier call")
     parser.add_argument("--output", help="the record [benchmark/results/DATE_quality_cpu.json]")
     options = parser.parse_args()
-    file = Path(options.output or
-                Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}_quality_cpu.json")
+    file = Path(options.output or Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}_quality_cpu.json")
     done = {} if options.again or not file.exists() else json.loads(file.read_text())["runs"]
     device, problem, all_rows = parse_device("cpu"), Problem(), make_rows()
     wanted = [name for name in all_rows if name in options.rows or name == BASE]

@@ -61,9 +61,11 @@ class Machine:
         if ranks == 1:
             return 0.0
         stages = ranks - 1 if self.ring else math.ceil(math.log2(ranks))
-        return sum(collective.sent(ranks) / self.rates.network
-                   + (2 if collective.kind == "all_reduce" else 1) * stages * self.latency
-                   for collective in collectives)
+        return sum(
+            collective.sent(ranks) / self.rates.network
+            + (2 if collective.kind == "all_reduce" else 1) * stages * self.latency
+            for collective in collectives
+        )
 
 
 def backbone_exchange(ranks: int, parameters: float, element_bytes: int) -> tuple:
@@ -84,19 +86,27 @@ class Step:
 
 def simulate(plan: HeadPlan, machine: Machine, parameters: float = BACKBONE_PARAMETERS, element_bytes: int = 2) -> Step:
     """The floor of a step: nothing but what has to be done, at full rate."""
-    parts = {"products": plan.operations / machine.rates.operations,
-             "memory": plan.device_traffic / machine.rates.memory,
-             "host link": plan.host_traffic / machine.rates.host_link}
+    parts = {
+        "products": plan.operations / machine.rates.operations,
+        "memory": plan.device_traffic / machine.rates.memory,
+        "host link": plan.host_traffic / machine.rates.host_link,
+    }
     binds = max(parts, key=parts.get)
     backbone = backbone_exchange(plan.world_size, parameters, element_bytes)
-    return Step(parts[binds], binds, machine.exchange(plan.collectives, plan.world_size),
-                machine.exchange(backbone, plan.world_size))
+    return Step(
+        parts[binds],
+        binds,
+        machine.exchange(plan.collectives, plan.world_size),
+        machine.exchange(backbone, plan.world_size),
+    )
 
 
 def collectives_table(plan: HeadPlan, parameters: float, element_bytes: int) -> str:
     """What travels in a step, as markdown: bytes of each tensor, and what a rank sends."""
-    lines = [f"| {plan.world_size} devices, {plan.batch} images each | collective | bytes of the tensor | "
-             "a device sends |", "| --- | --- | --- | --- |"]
+    lines = [
+        f"| {plan.world_size} devices, {plan.batch} images each | collective | bytes of the tensor | a device sends |",
+        "| --- | --- | --- | --- |",
+    ]
     for one in (*plan.collectives, *backbone_exchange(plan.world_size, parameters, element_bytes)):
         lines.append(f"| {one.what} | {one.kind} | {one.size:,} | {one.sent(plan.world_size):,.0f} |")
     return "\n".join(lines)
@@ -112,13 +122,16 @@ def scaling_table(base: HeadPlan, machine: Machine, memory: float, host: float, 
         for plan in (replace(plan, classes=classes) for plan in plans):
             fits = plan.device_bytes <= memory and plan.host_state <= host
             step = simulate(plan, machine, parameters, element_bytes)
-            cells.append(f"{plan.device_bytes / GIB:.2f} GiB{'' if fits else ' !'}, "
-                         f"{1e3 * step.head:.2f} ms {step.binds}")
+            cells.append(
+                f"{plan.device_bytes / GIB:.2f} GiB{'' if fits else ' !'}, {1e3 * step.head:.2f} ms {step.binds}"
+            )
         lines.append(f"| {classes:.0e} | {' | '.join(cells)} |".replace("e+0", "e"))
     steps = [simulate(plan, machine, parameters, element_bytes) for plan in plans]
-    for name, values in (("head's collectives, ms", [f"{1e3 * step.head_network:.2f}" for step in steps]),
-                         ("backbone's gradient, ms", [f"{1e3 * step.backbone_network:.2f}" for step in steps]),
-                         ("MB a device sends for the head", [f"{plan.network_traffic / 1e6:.1f}" for plan in plans])):
+    for name, values in (
+        ("head's collectives, ms", [f"{1e3 * step.head_network:.2f}" for step in steps]),
+        ("backbone's gradient, ms", [f"{1e3 * step.backbone_network:.2f}" for step in steps]),
+        ("MB a device sends for the head", [f"{plan.network_traffic / 1e6:.1f}" for plan in plans]),
+    ):
         lines.append(f"| {name} | {' | '.join(values)} |")
     return "\n".join(lines)
 
@@ -136,8 +149,10 @@ def fewest_devices(base: HeadPlan, classes: int, memory: float, host: float, mos
 
 def devices_table(base: HeadPlan, memory: float, host: float) -> str:
     """The fewest devices (a power of two) for each form and number of classes, as markdown."""
-    lines = [f"| centers + momentum | {' | '.join(f'{classes:.0e}' for classes in CLASSES)} |",
-             "| --- |" + " --- |" * len(CLASSES)]
+    lines = [
+        f"| centers + momentum | {' | '.join(f'{classes:.0e}' for classes in CLASSES)} |",
+        "| --- |" + " --- |" * len(CLASSES),
+    ]
     for name, form in FORMS.items():
         found = [fewest_devices(replace(base, form=form), classes, memory, host) for classes in CLASSES]
         lines.append(f"| {name} | {' | '.join('-' if n is None else str(n) for n in found)} |")
@@ -147,9 +162,15 @@ def devices_table(base: HeadPlan, memory: float, host: float) -> str:
 # --- the check -------------------------------------------------------------------------------------------------------
 
 # torch's names for the collectives that the project uses, old and new
-KINDS = {"all_reduce": "all_reduce", "all_gather": "all_gather", "all_gather_into_tensor": "all_gather",
-         "all_gather_single": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
-         "reduce_scatter_single": "reduce_scatter", "broadcast": "broadcast"}
+KINDS = {
+    "all_reduce": "all_reduce",
+    "all_gather": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_single": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_single": "reduce_scatter",
+    "broadcast": "broadcast",
+}
 
 
 @contextmanager
@@ -168,6 +189,7 @@ def counted():
                 return function(*args, **kw)
             finally:
                 inside.pop()
+
         return call
 
     with ExitStack() as stack:
@@ -193,9 +215,18 @@ def plan_of(case: dict, ranks: int) -> HeadPlan:
 def make_step(world, plan: HeadPlan, net=None, margin="arcface"):
     """-> a function that makes one step of the head (and of a net before it): forward, backward, update."""
     form = plan.form
-    head = MarginHead(plan.classes, plan.embedding_size, margin=margin, world=world, sample_rate=plan.sample_rate,
-                      update=plan.update, dtype=form.dtype, momentum_dtype=form.momentum_dtype or torch.float32,
-                      momentum=0.9 if form.momentum_dtype else 0.0, momentum_on_host=form.momentum_on_host)
+    head = MarginHead(
+        plan.classes,
+        plan.embedding_size,
+        margin=margin,
+        world=world,
+        sample_rate=plan.sample_rate,
+        update=plan.update,
+        dtype=form.dtype,
+        momentum_dtype=form.momentum_dtype or torch.float32,
+        momentum=0.9 if form.momentum_dtype else 0.0,
+        momentum_on_host=form.momentum_on_host,
+    )
     generator = torch.Generator().manual_seed(world.rank)
     image_BD = torch.randn(plan.batch, plan.embedding_size, generator=generator)
     label_B = torch.randint(plan.classes, (plan.batch,), generator=generator)
@@ -241,9 +272,14 @@ def make_net(world, dim):
     net = torch.nn.Sequential(torch.nn.Linear(dim, HIDDEN, bias=False), torch.nn.Linear(HIDDEN, dim, bias=False))
     parallel = wrap_data_parallel(net, world)
     if world.size > 1:
-        parallel.register_comm_hook(None, lambda _, bucket: dist.all_reduce(
-            bucket.buffer().div_(world.size), group=world.group, async_op=True).get_future().then(
-                lambda future: future.value()[0]))
+        parallel.register_comm_hook(
+            None,
+            lambda _, bucket: (
+                dist.all_reduce(bucket.buffer().div_(world.size), group=world.group, async_op=True)
+                .get_future()
+                .then(lambda future: future.value()[0])
+            ),
+        )
     # input of the first layer needs no gradient: 2 products there, 3 in the second
     return parallel, sum(p.numel() for p in net.parameters()), 2 * dim * HIDDEN * 5
 
@@ -285,8 +321,13 @@ def measure_rates(world, plan: HeadPlan) -> dict:
     # out of the cache: read and written
     from_N, to_N = torch.ones(16 * 2**20), torch.ones(16 * 2**20)
     copy = best_seconds(lambda: to_N.copy_(from_N), world, 8)
-    rates = {"operations": 8.0 * batch * dim * rows / seconds, "memory": 8.0 * from_N.numel() / copy,
-             "passes": batch * rows / pass_seconds, "network": math.inf, "latency": 0.0}
+    rates = {
+        "operations": 8.0 * batch * dim * rows / seconds,
+        "memory": 8.0 * from_N.numel() / copy,
+        "passes": batch * rows / pass_seconds,
+        "network": math.inf,
+        "latency": 0.0,
+    }
     if world.size > 1:
         small, large_bytes = torch.zeros(1), 16 * 2**20
         large = torch.zeros(large_bytes // 4)
@@ -331,21 +372,33 @@ def measure(world, case: dict, rounds: int) -> dict:
     machine = Machine(Rates(best["operations"], best["memory"], math.inf, best["network"]), best["latency"], ring=True)
     floor = simulate(plan, machine, parameters, 4)
     # one core does one thing after the other: what overlaps on a device at best adds up here
-    parts = {"net": plan.batch * operations / best["operations"],
-             "products": plan.operations / best["operations"],
-             "memory": plan.device_traffic / best["memory"],
-             "passes": PASSES * plan.global_batch * plan.drawn / best["passes"],
-             "head_collectives": floor.head_network, "gradient": floor.backbone_network}
+    parts = {
+        "net": plan.batch * operations / best["operations"],
+        "products": plan.operations / best["operations"],
+        "memory": plan.device_traffic / best["memory"],
+        "passes": PASSES * plan.global_batch * plan.drawn / best["passes"],
+        "head_collectives": floor.head_network,
+        "gradient": floor.backbone_network,
+    }
     predicted = sum(parts.values())
     sent = plan.network_traffic + sum(c.sent(world.size) for c in backbone_exchange(world.size, parameters, 4))
-    return {"ranks": world.size, "head_calls": head_calls, "head_calls_expected": expected(case, world.size),
-            "gradient_bytes": sum(gradient), "gradient_bytes_expected": 4 * parameters if world.size > 1 else 0,
-            "gradient_calls": len(gradient),
-            "sent_by_all": sent * world.size, "loopback_bytes": min(wire) if wire else 0,
-            "rates": {k: v for k, v in best.items() if math.isfinite(v)}, "seconds": seconds,
-            "cpu_seconds": cpu_seconds, "predicted": predicted,
-            "predicted_parts": parts,
-            "drawn": plan.drawn, "load_average": os.getloadavg()[0]}
+    return {
+        "ranks": world.size,
+        "head_calls": head_calls,
+        "head_calls_expected": expected(case, world.size),
+        "gradient_bytes": sum(gradient),
+        "gradient_bytes_expected": 4 * parameters if world.size > 1 else 0,
+        "gradient_calls": len(gradient),
+        "sent_by_all": sent * world.size,
+        "loopback_bytes": min(wire) if wire else 0,
+        "rates": {k: v for k, v in best.items() if math.isfinite(v)},
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "predicted": predicted,
+        "predicted_parts": parts,
+        "drawn": plan.drawn,
+        "load_average": os.getloadavg()[0],
+    }
 
 
 def worker(output: str, rounds: int) -> None:
@@ -358,9 +411,12 @@ def worker(output: str, rounds: int) -> None:
 
 def check_table(results: dict) -> str:
     """The check as markdown."""
-    lines = ["| case | ranks | head's collectives: counted, formula | their bytes: counted, formula | gradient bytes: "
-             "counted, formula | loopback bytes / formula | step measured, ms | of it on a core, ms | predicted, ms | "
-             "predicted / measured |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| case | ranks | head's collectives: counted, formula | their bytes: counted, formula | gradient bytes: "
+        "counted, formula | loopback bytes / formula | step measured, ms | of it on a core, ms | predicted, ms | "
+        "predicted / measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for name in CASES:
         for ranks, found in results.items():
             one = found[name]
@@ -370,7 +426,8 @@ def check_table(results: dict) -> str:
                 f"| {name} | {ranks} | {len(one['head_calls'])}, {len(one['head_calls_expected'])} | {'; '.join(size)} "
                 f"| {one['gradient_bytes']:,}; {one['gradient_bytes_expected']:,} | {wire} | "
                 f"{1e3 * one['seconds']:.1f} | {1e3 * one['cpu_seconds']:.1f} | {1e3 * one['predicted']:.1f} | "
-                f"{one['predicted'] / one['seconds']:.2f} |")
+                f"{one['predicted'] / one['seconds']:.2f} |"
+            )
     return "\n".join(lines)
 
 
@@ -381,26 +438,50 @@ def check(options) -> None:
             output = f"{folder}/found.json"
             start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
             done = subprocess.run(
-                [sys.executable, "-W", "ignore", *start, "-m", "benchmark.scaling", "--worker", output,
-                 "--rounds", str(options.rounds)],
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500)
+                [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    *start,
+                    "-m",
+                    "benchmark.scaling",
+                    "--worker",
+                    output,
+                    "--rounds",
+                    str(options.rounds),
+                ],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=500,
+            )
             if done.returncode:
                 sys.exit(f"{ranks} ranks ended with status {done.returncode}:\n{done.stderr[-3000:]}")
             results[str(ranks)] = json.loads(Path(output).read_text())
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{time.strftime('%Y-%m-%d')}_scaling_check_cpu.json"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
-    record = {"benchmark": "scaling --check", "date": time.strftime("%Y-%m-%d"), "commit": commit,
-              "command": "OMP_NUM_THREADS=1 python -m benchmark.scaling --check",
-              "machine": parse_device("cpu").describe(), "cases": CASES, "results": results,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    record = {
+        "benchmark": "scaling --check",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        "command": "OMP_NUM_THREADS=1 python -m benchmark.scaling --check",
+        "machine": parse_device("cpu").describe(),
+        "cases": CASES,
+        "results": results,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
     file.write_text(json.dumps(record, indent=1) + "\n")
     sys.stdout.write(check_table(results) + f"\n{file}\n")
-    wrong = [f"{name}, {ranks} ranks" for ranks, found in results.items() for name, one in found.items()
-             if one["head_calls"] != one["head_calls_expected"]
-             or one["gradient_bytes"] != one["gradient_bytes_expected"]]
+    wrong = [
+        f"{name}, {ranks} ranks"
+        for ranks, found in results.items()
+        for name, one in found.items()
+        if one["head_calls"] != one["head_calls_expected"] or one["gradient_bytes"] != one["gradient_bytes_expected"]
+    ]
     if wrong:
         sys.exit(f"the formula is wrong for: {'; '.join(wrong)}")
 
@@ -436,13 +517,27 @@ def main() -> None:
     machine = Machine(rates, options.latency)
     memory = parse_size(options.device_memory) - parse_size(options.reserve)
     host = parse_size(options.host_memory)
-    base = HeadPlan(10**8, options.embedding_size, 1, options.batch_size, options.sample_rate, FORMS[options.form],
-                    update=options.update)
-    sys.stdout.write("\n\n".join([
-        f"{options.form}, sample rate {options.sample_rate:g}, {options.batch_size} images a device",
-        scaling_table(base, machine, memory, host, options.parameters, options.gradient_bytes),
-        "The fewest devices:", devices_table(base, memory, host),
-        collectives_table(replace(base, world_size=8), options.parameters, options.gradient_bytes)]) + "\n")
+    base = HeadPlan(
+        10**8,
+        options.embedding_size,
+        1,
+        options.batch_size,
+        options.sample_rate,
+        FORMS[options.form],
+        update=options.update,
+    )
+    sys.stdout.write(
+        "\n\n".join(
+            [
+                f"{options.form}, sample rate {options.sample_rate:g}, {options.batch_size} images a device",
+                scaling_table(base, machine, memory, host, options.parameters, options.gradient_bytes),
+                "The fewest devices:",
+                devices_table(base, memory, host),
+                collectives_table(replace(base, world_size=8), options.parameters, options.gradient_bytes),
+            ]
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ SWITCHES = {
 
 
 def parse_form(text: str) -> Form:
-    """"plain+channels_last" -> the Form. Raises BenchmarkError that names the choices."""
+    """ "plain+channels_last" -> the Form. Raises BenchmarkError that names the choices."""
     form = Form(text)
     for word in text.split("+"):
         if word not in SWITCHES:
@@ -114,7 +114,7 @@ def parse_form(text: str) -> Form:
 
 
 def parse_net(text: str) -> tuple[str, int | None]:
-    """"ir_se_100", "iresnet100", "mobilefacenet" -> (net_mode, net_depth) of model.create_model."""
+    """ "ir_se_100", "iresnet100", "mobilefacenet" -> (net_mode, net_depth) of model.create_model."""
     matched = re.fullmatch(r"(ir|ir_se|iresnet|resnet)_?(\d+)", text)
     if not matched and text != "mobilefacenet":
         raise BenchmarkError(f"--nets {text}: name a net as in ir_50, ir_se_100, iresnet100 or mobilefacenet")
@@ -144,8 +144,7 @@ class Case:
 
 # --- what is measured ------------------------------------------------------------------------------------------------
 class Step:
-    """Calling it takes one training step. net: the backbone; on: which fast paths it takes; precision: ours, else None.
-    """
+    """Calling it takes one training step. net: the backbone; on: its fast paths; precision: ours or None."""
 
     def __init__(self, case: Case, device: Device):
         self.case, self.device, self.precision = case, device, None
@@ -154,8 +153,14 @@ class Step:
         build = {"ours": self._ours, "plain": self._plain, "peer": self._peer}[case.form.net]
         self.net, self._take, self._cast, memory_format, sgd, opt_level = build()
         self.memory_format = FORMATS[memory_format]
-        self.on = {"memory_format": memory_format, "sgd": sgd, "static": case.form.static,
-                   **device.tune(case.form.tf32, case.form.autotune), "feed": case.form.feed, "opt_level": opt_level}
+        self.on = {
+            "memory_format": memory_format,
+            "sgd": sgd,
+            "static": case.form.static,
+            **device.tune(case.form.tf32, case.form.autotune),
+            "feed": case.form.feed,
+            "opt_level": opt_level,
+        }
         batch = draw_batch(case.batch_size, case.classes)
         if device.kind != "cpu":
             batch = tuple(tensor.pin_memory() for tensor in batch)
@@ -181,8 +186,10 @@ class Step:
         net.to(device=device.torch, memory_format=FORMATS[memory_format])
         precision = self.precision = Precision(case.policy, device, scaling=parse_loss_scale("128.0"))
         optimizer = precision.prepare(
-            net, lambda groups: make_sgd(groups, LR, MOMENTUM, device, form.sgd or "auto"),
-            parameter_groups(net, case.net_mode, WEIGHT_DECAY))
+            net,
+            lambda groups: make_sgd(groups, LR, MOMENTUM, device, form.sgd or "auto"),
+            parameter_groups(net, case.net_mode, WEIGHT_DECAY),
+        )
         head = MarginHead(case.classes, EMBEDDING_SIZE, device=device.torch) if case.classes else None
         run = device.compiled(net) if form.static else net
 
@@ -199,8 +206,9 @@ class Step:
     def _plain(self):
         case, device, form = self.case, self.device, self.case.form
         if case.net not in PLAIN:
-            raise BenchmarkError(f"{case.net} has no plain formulation here: give --fast without plain, or one of "
-                                 f"{', '.join(PLAIN)}")
+            raise BenchmarkError(
+                f"{case.net} has no plain formulation here: give --fast without plain, or one of {', '.join(PLAIN)}"
+            )
         net = PLAIN[case.net]()
         head = PlainPartialFC(case.classes, EMBEDDING_SIZE, 1.0, MOMENTUM, device.torch) if case.classes else None
         memory_format = form.memory_format or "contiguous"
@@ -236,11 +244,16 @@ class Step:
         if not half and case.policy != "O0":
             raise BenchmarkError(f"the peer trains in fp32 and fp16 only, not in {case.policy}")
         get_model, losses, partial_fc = peer_modules(case.peer, device, bool(case.classes))
-        net = get_model("mbf" if case.net_depth is None else f"r{case.net_depth}", fp16=half,
-                        num_features=EMBEDDING_SIZE, dropout=0.0).to(device.torch)
+        net = get_model(
+            "mbf" if case.net_depth is None else f"r{case.net_depth}",
+            fp16=half,
+            num_features=EMBEDDING_SIZE,
+            dropout=0.0,
+        ).to(device.torch)
         devices = None if device.kind == "cpu" else [device.index]
-        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False,
-                                                        bucket_cap_mb=16, find_unused_parameters=True)
+        net = torch.nn.parallel.DistributedDataParallel(
+            net, device_ids=devices, broadcast_buffers=False, bucket_cap_mb=16, find_unused_parameters=True
+        )
         net.train()
         net._set_static_graph()
         groups, head = [{"params": net.parameters()}], None
@@ -283,20 +296,26 @@ def peer_modules(folder: Path, device: Device, with_head: bool):
     """(get_model, losses, partial_fc_v2) of a folder that holds arcface_torch, with its world of one rank open."""
     for file in ("backbones/__init__.py", "losses.py", "partial_fc_v2.py"):
         if not (folder / file).is_file():
-            raise BenchmarkError(f"--peer {folder}: no {file} in it; give the folder recognition/arcface_torch of a "
-                                 "checkout of deepinsight/insightface")
+            raise BenchmarkError(
+                f"--peer {folder}: no {file} in it; give the folder recognition/arcface_torch of a "
+                "checkout of deepinsight/insightface"
+            )
     if not hasattr(torch.nn.parallel.DistributedDataParallel, "_set_static_graph"):
         raise BenchmarkError(f"--peer: arcface_torch needs torch 1.11 or newer, and this is {torch.__version__}")
     if with_head and device.kind != "cuda":
-        raise BenchmarkError("--peer with --head: the peer's Partial FC runs on cuda only; leave --head out on "
-                             f"{device.kind}")
+        raise BenchmarkError(
+            f"--peer with --head: the peer's Partial FC runs on cuda only; leave --head out on {device.kind}"
+        )
     if not dist.is_initialized():
         file = Path(tempfile.mkdtemp()) / "store"
         dist.init_process_group(device.backend, init_method=f"file://{file}", rank=0, world_size=1)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # last, so that no file of the peer's hides one of ours
-    return (importlib.import_module("backbones").get_model, importlib.import_module("losses"),
-            importlib.import_module("partial_fc_v2"))
+    return (
+        importlib.import_module("backbones").get_model,
+        importlib.import_module("losses"),
+        importlib.import_module("partial_fc_v2"),
+    )
 
 
 def check_same_numbers(net_mode: str, net_depth: int | None, device: Device) -> None:
@@ -461,8 +480,9 @@ def plan(options, device: Device) -> list[list[Case]]:
     """What to measure: the cases of each net, batch and policy. Everything that cannot be is refused here."""
     defaults = ON_CPU if device.kind == "cpu" else ON_ACCELERATOR
     nets = [parse_net(net) for net in options.nets or defaults]
-    fast = options.fast or [name for name in FAST[device.kind]
-                            if name not in SGD_KINDS or name in {*device.fused_optimizers(), "sgd_plain"}]
+    fast = options.fast or [
+        name for name in FAST[device.kind] if name not in SGD_KINDS or name in {*device.fused_optimizers(), "sgd_plain"}
+    ]
     forms = [parse_form(text) for text in fast]
     if options.peer and not any(form.net == "peer" for form in forms):
         forms.append(parse_form("peer"))
@@ -476,12 +496,18 @@ def plan(options, device: Device) -> list[list[Case]]:
         create = name_of(net_mode, net_depth)
         batches = options.batches or defaults.get(create, (8,) if device.kind == "cpu" else (128, 256, 512))
         if any(form.net == "plain" for form in forms) and create not in PLAIN:
-            raise BenchmarkError(f"--nets {create}: it has no plain formulation to stand beside; leave plain out of "
-                                 f"--fast, or choose from {', '.join(PLAIN)}")
+            raise BenchmarkError(
+                f"--nets {create}: it has no plain formulation to stand beside; leave plain out of "
+                f"--fast, or choose from {', '.join(PLAIN)}"
+            )
         groups += [
-            [Case(net_mode, net_depth, batch, policy, form, options.head, options.peer) for form in forms
-             if not (form.net == "peer" and policy.startswith("bf16"))]  # it has none
-            for batch in batches for policy in policies
+            [
+                Case(net_mode, net_depth, batch, policy, form, options.head, options.peer)
+                for form in forms
+                if not (form.net == "peer" and policy.startswith("bf16"))
+            ]  # it has none
+            for batch in batches
+            for policy in policies
         ]
     if options.peer:
         peer_modules(options.peer, device, bool(options.head))
@@ -514,8 +540,14 @@ def main(argv=None) -> None:
     rows = []
     for cases in groups:
         rows += rows_of(cases, device, options.rounds, steps)
-        print(*(f"{row['net']} {row['batch_size']} {row['policy']} {row['form']}: {row.get('images_per_s')} images/s"
-                for row in rows[-len(cases):]), sep="\n", file=sys.stderr)
+        print(
+            *(
+                f"{row['net']} {row['batch_size']} {row['policy']} {row['form']}: {row.get('images_per_s')} images/s"
+                for row in rows[-len(cases) :]
+            ),
+            sep="\n",
+            file=sys.stderr,
+        )
     malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     arguments = shlex.join(sys.argv[1:] if argv is None else argv)
     record = {

@@ -1,4 +1,5 @@
 """Checkpoints: `.pth` files (store), sharded directories (sharded, reshard), remote copies, foreign weights."""
+
 from __future__ import annotations
 
 

@@ -1,4 +1,5 @@
 """The checkpoints of one run: where they lie, which is the newest, and their copies in a remote store."""
+
 from __future__ import annotations
 
 import os

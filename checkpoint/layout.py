@@ -11,6 +11,7 @@ number wrote, piece by piece. There is no pickle anywhere, and nothing is alloca
 The directory gets its name in one rename when everything in it has reached the disk: what has a name is whole. The
 names count upwards, so the newest is the last, whatever clocks say.
 """
+
 from __future__ import annotations
 
 import json
@@ -38,8 +39,16 @@ PIECE_BYTES = 32 << 20
 DTYPES = {
     str(dtype).split(".")[1]: (dtype, size)
     for dtype, size in {
-        torch.float32: 4, torch.float64: 8, torch.float16: 2, torch.bfloat16: 2, torch.int64: 8, torch.int32: 4,
-        torch.int16: 2, torch.int8: 1, torch.uint8: 1, torch.bool: 1,
+        torch.float32: 4,
+        torch.float64: 8,
+        torch.float16: 2,
+        torch.bfloat16: 2,
+        torch.int64: 8,
+        torch.int32: 4,
+        torch.int16: 2,
+        torch.int8: 1,
+        torch.uint8: 1,
+        torch.bool: 1,
     }.items()
 }
 _RANK_FILE = re.compile(r"rank_\d{5}\.bin")
@@ -144,7 +153,10 @@ def write_index(folder, index: Index) -> None:
         for name, stored in index.tensors.items()
     }
     content = {
-        "format": FORMAT, "world_size": index.world_size, "values": index.values, "local": index.local,
+        "format": FORMAT,
+        "world_size": index.world_size,
+        "values": index.values,
+        "local": index.local,
         "tensors": tensors,
     }
     with atomic_file(Path(folder) / INDEX) as file:

@@ -6,6 +6,7 @@ has given every byte back as it was sent. What comes down is compared with the m
 
 A store's listing is not trusted: names that lead out of the folder are refused, and nothing is opened or run.
 """
+
 from __future__ import annotations
 
 import hashlib

@@ -5,6 +5,7 @@ in one file of its own. The second is for exchange:
 
     python -m checkpoint.reshard work_space/sharded model.pth
 """
+
 from __future__ import annotations
 
 import argparse

@@ -7,6 +7,7 @@ stranger's checkpoint must not be.
 
 Saving copies the state to the host and writes it beside the training; the checkpoint appears, whole, in one rename.
 """
+
 from __future__ import annotations
 
 import inspect

@@ -7,6 +7,7 @@ Reading takes two passes. The first walks the pickle with every name replaced by
 is not a tensor or plain data, and sizes that the file does not hold. Nothing of the file has run or been allocated by
 then, and the verdict is the same under every torch. The second pass is torch's own loader.
 """
+
 from __future__ import annotations
 
 import copy
@@ -33,8 +34,17 @@ log = logging.getLogger(__name__)
 # The first pickle of the format that torch wrote before 1.6 (InsightFace's published weights are of that age).
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 ITEM_BYTES = {
-    "FloatStorage": 4, "DoubleStorage": 8, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
-    "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "ComplexFloatStorage": 8,
+    "FloatStorage": 4,
+    "DoubleStorage": 8,
+    "HalfStorage": 2,
+    "BFloat16Storage": 2,
+    "LongStorage": 8,
+    "IntStorage": 4,
+    "ShortStorage": 2,
+    "CharStorage": 1,
+    "ByteStorage": 1,
+    "BoolStorage": 1,
+    "ComplexFloatStorage": 8,
     "ComplexDoubleStorage": 16,
 }
 # A killed process leaves its temporary file; one that nobody has written to for this long has no owner.

@@ -1,4 +1,5 @@
 """Recipes: named sets of options, each derived from another. `--recipe=NAME` starts from one."""
+
 from __future__ import annotations
 
 from config import Config, replace
@@ -19,7 +20,15 @@ performance_8p = replace(full_8p, epochs=2, max_iter=1000)
 finetune_1p = replace(full_1p, is_finetune=True)
 
 # Two CPU cores, four minutes: the drawn faces of `python -m data.synthetic`, 1,600 images of 40 people.
-quickstart = replace(full_1p, net_mode="mobilefacenet", epochs=6, batch_size=32, lr=0.1, milestones=(4, 5),
-                     warmup_epochs=0.5, memory_format="channels_last")
+quickstart = replace(
+    full_1p,
+    net_mode="mobilefacenet",
+    epochs=6,
+    batch_size=32,
+    lr=0.1,
+    milestones=(4, 5),
+    warmup_epochs=0.5,
+    memory_format="channels_last",
+)
 
 RECIPES = {name: value for name, value in list(globals().items()) if isinstance(value, Config)}

@@ -2,6 +2,7 @@
 
 Everything that leaves this package is RGB and uint8; data.transforms.to_input makes it the network's input.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -27,8 +28,9 @@ DATA_MODES = {
 _EMORE = (5822653, 85742)  # faces_emore's images and classes: what a run without a disk stands in for
 
 
-def open_dataset(path, data_mode: Optional[str] = None, channel_order: Optional[str] = None,
-                 num_classes: Optional[int] = None) -> ImageDataset:
+def open_dataset(
+    path, data_mode: Optional[str] = None, channel_order: Optional[str] = None, num_classes: Optional[int] = None
+) -> ImageDataset:
     """The training set at `path`, whatever its format: len(), .num_classes, .labels, [i], .describe(i).
 
     path: a folder with train.rec, imgs/, label.txt, file_list.txt or class folders (looked for in this order), or one
@@ -50,8 +52,16 @@ def open_dataset(path, data_mode: Optional[str] = None, channel_order: Optional[
     return ConcatDataset([_open_path(folder, channel_order, None) for folder in folders], num_classes)
 
 
-def build_loader(dataset: ImageDataset, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
-                 num_workers: int = 0, strict: bool = False, pin_memory: bool = False):
+def build_loader(
+    dataset: ImageDataset,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    num_workers: int = 0,
+    strict: bool = False,
+    pin_memory: bool = False,
+):
     """A `data.loader.Loader` over one rank's share of a set: see there."""
     from data.loader import Loader  # loads torch, which the readers do without
 
@@ -70,8 +80,10 @@ def _find_folders(path: Path, data_mode: Optional[str]) -> list[Path]:
     # the launchers are given the set's own folder, under a data_mode that only names its kind
     if len(folders) == 1 and (data_mode in DATA_MODES or path.name == data_mode):
         return [path]
-    raise DataError(f"data_mode {data_mode!r}: {missing[0]} does not exist: choose from {', '.join(DATA_MODES)}, "
-                    f"synthetic, or the name of a folder in {path}")
+    raise DataError(
+        f"data_mode {data_mode!r}: {missing[0]} does not exist: choose from {', '.join(DATA_MODES)}, "
+        f"synthetic, or the name of a folder in {path}"
+    )
 
 
 def _open_path(path: Path, channel_order: Optional[str], num_classes: Optional[int]) -> ImageDataset:
@@ -94,8 +106,10 @@ def _open_path(path: Path, channel_order: Optional[str], num_classes: Optional[i
         return Base64Dataset(path / "file_list.txt", order, num_classes)
     if has_class_folders(path):
         return open_folder(path, order, num_classes)
-    raise DataError(f"{path}: holds no training set: train.rec, imgs/, label.txt, file_list.txt or class folders with "
-                    "images are looked for")
+    raise DataError(
+        f"{path}: holds no training set: train.rec, imgs/, label.txt, file_list.txt or class folders with "
+        "images are looked for"
+    )
 
 
 def _open_text(path: Path, channel_order: str, num_classes: Optional[int]) -> ImageDataset:

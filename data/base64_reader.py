@@ -1,4 +1,5 @@
 """PLSC's base64 lists: `file_list.txt` names part files; a part's line is base64(image) TAB label, or the reverse."""
+
 from __future__ import annotations
 
 import base64

@@ -1,4 +1,5 @@
 """What every training set is here: N encoded images with an integer class each."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ class ImageDataset:
     """
 
     num_classes: int
-    size: tuple[int, int]        # height, width of every image
-    channel_order: str           # as the files hold it; what comes out is RGB
+    size: tuple[int, int]  # height, width of every image
+    channel_order: str  # as the files hold it; what comes out is RGB
 
     def __init__(self, size: int = 112, channel_order: str = "rgb"):
         self.size = (size, size)
@@ -52,8 +53,10 @@ class ImageDataset:
         except DamagedItem as error:
             raise DamagedItem(f"{self.describe(index)}: {error}") from None
         if not 0 <= label < self.num_classes:
-            raise DataError(f"{self.describe(index)}: label {label} is outside the {self.num_classes} classes: "
-                            "correct the label or num_classes")
+            raise DataError(
+                f"{self.describe(index)}: label {label} is outside the {self.num_classes} classes: "
+                "correct the label or num_classes"
+            )
         return label
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
@@ -70,8 +73,10 @@ class ImageDataset:
         except DamagedItem:
             return  # one damaged image is the loader's business
         if size != self.size:
-            raise DataError(f"{self.describe(0)}: images are {size[1]}x{size[0]}, {self.size[1]}x{self.size[0]} is "
-                            "needed: align and crop the faces first")
+            raise DataError(
+                f"{self.describe(0)}: images are {size[1]}x{size[0]}, {self.size[1]}x{self.size[0]} is "
+                "needed: align and crop the faces first"
+            )
 
 
 class ConcatDataset(ImageDataset):
@@ -90,8 +95,9 @@ class ConcatDataset(ImageDataset):
     @property
     def labels(self) -> np.ndarray:
         # -1 (unreadable) stays -1
-        return np.concatenate([np.where(part.labels < 0, -1, part.labels + first)
-                               for part, first in zip(self.parts, self._first_class)])
+        return np.concatenate(
+            [np.where(part.labels < 0, -1, part.labels + first) for part, first in zip(self.parts, self._first_class)]
+        )
 
     def _locate(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._ends, index, side="right"))
@@ -111,6 +117,8 @@ def settle_classes(counted: int, num_classes: Optional[int], place: str) -> int:
     if num_classes is None:
         return counted
     if counted > num_classes:
-        raise DataError(f"{place}: holds label {counted - 1}, beyond num_classes={num_classes}: "
-                        f"leave num_classes out or set it to {counted}")
+        raise DataError(
+            f"{place}: holds label {counted - 1}, beyond num_classes={num_classes}: "
+            f"leave num_classes out or set it to {counted}"
+        )
     return num_classes

@@ -1,4 +1,5 @@
 """What can be wrong with data, as one line that names the file, the place, the cause and the cure."""
+
 from __future__ import annotations
 
 

@@ -7,6 +7,7 @@ to tell one from the other and is tested on people it never saw.
 Coordinates: face space has its origin between the eyes, x to the right, y down, z towards the viewer; the eyes are
 about 17 units to each side. A `_View` turns it into pixels of a canvas that is drawn larger and then reduced.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-_CANVAS = 224          # pixels drawn, twice the usual image: reducing it smooths the edges
+_CANVAS = 224  # pixels drawn, twice the usual image: reducing it smooths the edges
 _HAIR_STYLES = ("shaved", "short", "parted", "long", "curly", "tied")
 
 
@@ -28,33 +29,33 @@ class Identity(NamedTuple):
     brow: np.ndarray
     hair_style: str
     hair_volume: float
-    hairline: float        # y of its middle, negative
-    part: float            # x where the hair is parted
+    hairline: float  # y of its middle, negative
+    part: float  # x where the hair is parted
     cheek_width: float
-    jaw_shape: float       # exponent of the outline: 1.7 pointed, 3.2 square
-    chin: float            # y
-    crown: float           # y, negative
+    jaw_shape: float  # exponent of the outline: 1.7 pointed, 3.2 square
+    chin: float  # y
+    crown: float  # y, negative
     ear_size: float
-    eye_distance: float    # from the middle
+    eye_distance: float  # from the middle
     eye_width: float
     eye_height: float
     eye_tilt: float
-    eye_depth: float       # of the sockets
+    eye_depth: float  # of the sockets
     brow_height: float
     brow_thickness: float
     brow_arch: float
     brow_tilt: float
     nose_length: float
     nose_width: float
-    nose_height: float     # how far the ridge stands out
+    nose_height: float  # how far the ridge stands out
     mouth_y: float
     mouth_width: float
     upper_lip: float
     lower_lip: float
     mouth_curve: float
     cheekbones: float
-    beard: float           # 0 none .. 1 full
-    moles: np.ndarray      # [n, 3]: x, y, radius
+    beard: float  # 0 none .. 1 full
+    moles: np.ndarray  # [n, 3]: x, y, radius
     freckles: float
 
 
@@ -70,7 +71,7 @@ class _View(NamedTuple):
     smile: float
     open_mouth: float
     brow_raise: float
-    lids: float            # 1 open .. 0.3 nearly closed
+    lids: float  # 1 open .. 0.3 nearly closed
     gaze_x: float
     gaze_y: float
 
@@ -108,39 +109,69 @@ def _paint(colour) -> tuple[int, int, int]:
 
 def draw_identity(random: np.random.RandomState) -> Identity:
     """One person at random."""
-    skin = _along([(250, 222, 200), (232, 190, 160), (198, 145, 110), (150, 100, 72), (92, 60, 45)],
-                  random.random_sample()) + random.normal(0, 7, 3)
-    hair = _along([(25, 20, 20), (60, 38, 26), (110, 70, 40), (170, 85, 40), (205, 165, 100), (150, 148, 146),
-                   (225, 222, 218)], random.random_sample() ** 1.5) + random.normal(0, 8, 3)
-    iris = _along([(50, 30, 18), (95, 60, 30), (95, 110, 60), (70, 125, 140), (110, 150, 190)],
-                  random.random_sample())
+    skin = _along(
+        [(250, 222, 200), (232, 190, 160), (198, 145, 110), (150, 100, 72), (92, 60, 45)], random.random_sample()
+    ) + random.normal(0, 7, 3)
+    hair = _along(
+        [(25, 20, 20), (60, 38, 26), (110, 70, 40), (170, 85, 40), (205, 165, 100), (150, 148, 146), (225, 222, 218)],
+        random.random_sample() ** 1.5,
+    ) + random.normal(0, 8, 3)
+    iris = _along([(50, 30, 18), (95, 60, 30), (95, 110, 60), (70, 125, 140), (110, 150, 190)], random.random_sample())
     moles = random.random_sample((random.randint(0, 4), 3)) * (56, 62, 1.0) + (-28, -14, 0.8)
     return Identity(
-        skin=skin, lips=_mix(skin, (165, 50, 60), _between(random, 0.25, 0.75)), iris=iris, hair=hair,
+        skin=skin,
+        lips=_mix(skin, (165, 50, 60), _between(random, 0.25, 0.75)),
+        iris=iris,
+        hair=hair,
         brow=_mix(hair * 0.8, skin * 0.5, _between(random, 0.0, 0.4)),
         hair_style=_HAIR_STYLES[random.randint(len(_HAIR_STYLES))],
-        hair_volume=_between(random, 2, 9), hairline=_between(random, -38, -22), part=_between(random, -22, 22),
-        cheek_width=_between(random, 31, 41), jaw_shape=_between(random, 1.7, 3.2), chin=_between(random, 50, 62),
-        crown=_between(random, -50, -42), ear_size=_between(random, 6, 11),
-        eye_distance=_between(random, 13.5, 19.5), eye_width=_between(random, 6.8, 10.0),
-        eye_height=_between(random, 2.8, 5.2), eye_tilt=_between(random, -0.18, 0.28),
-        eye_depth=_between(random, 1.0, 4.5), brow_height=_between(random, 8, 14),
-        brow_thickness=_between(random, 1.0, 3.4), brow_arch=_between(random, 0.0, 4.0),
-        brow_tilt=_between(random, -0.22, 0.22), nose_length=_between(random, 17, 27),
-        nose_width=_between(random, 5.0, 10.0), nose_height=_between(random, 6, 14),
-        mouth_y=_between(random, 33, 41), mouth_width=_between(random, 10, 18), upper_lip=_between(random, 1.2, 4.0),
-        lower_lip=_between(random, 2.0, 5.5), mouth_curve=_between(random, -2.0, 2.5),
-        cheekbones=_between(random, 0, 5), beard=max(0.0, _between(random, -1.6, 1.0)), moles=moles,
-        freckles=max(0.0, _between(random, -2.5, 1.0)))
+        hair_volume=_between(random, 2, 9),
+        hairline=_between(random, -38, -22),
+        part=_between(random, -22, 22),
+        cheek_width=_between(random, 31, 41),
+        jaw_shape=_between(random, 1.7, 3.2),
+        chin=_between(random, 50, 62),
+        crown=_between(random, -50, -42),
+        ear_size=_between(random, 6, 11),
+        eye_distance=_between(random, 13.5, 19.5),
+        eye_width=_between(random, 6.8, 10.0),
+        eye_height=_between(random, 2.8, 5.2),
+        eye_tilt=_between(random, -0.18, 0.28),
+        eye_depth=_between(random, 1.0, 4.5),
+        brow_height=_between(random, 8, 14),
+        brow_thickness=_between(random, 1.0, 3.4),
+        brow_arch=_between(random, 0.0, 4.0),
+        brow_tilt=_between(random, -0.22, 0.22),
+        nose_length=_between(random, 17, 27),
+        nose_width=_between(random, 5.0, 10.0),
+        nose_height=_between(random, 6, 14),
+        mouth_y=_between(random, 33, 41),
+        mouth_width=_between(random, 10, 18),
+        upper_lip=_between(random, 1.2, 4.0),
+        lower_lip=_between(random, 2.0, 5.5),
+        mouth_curve=_between(random, -2.0, 2.5),
+        cheekbones=_between(random, 0, 5),
+        beard=max(0.0, _between(random, -1.6, 1.0)),
+        moles=moles,
+        freckles=max(0.0, _between(random, -2.5, 1.0)),
+    )
 
 
 def _draw_view(random: np.random.RandomState) -> _View:
     return _View(
-        yaw=random.normal(0, 0.22), pitch=random.normal(0, 0.12), roll=random.normal(0, 0.06),
-        scale=_between(random, 0.82, 0.94), shift_x=random.normal(0, 1.8), shift_y=random.normal(0, 1.8),
-        smile=_between(random, -1.0, 4.5), open_mouth=max(0.0, _between(random, -8, 6)),
-        brow_raise=_between(random, -1.0, 3.0), lids=min(1.0, _between(random, 0.45, 1.5)),
-        gaze_x=_between(random, -2, 2), gaze_y=_between(random, -0.7, 0.7))
+        yaw=random.normal(0, 0.22),
+        pitch=random.normal(0, 0.12),
+        roll=random.normal(0, 0.06),
+        scale=_between(random, 0.82, 0.94),
+        shift_x=random.normal(0, 1.8),
+        shift_y=random.normal(0, 1.8),
+        smile=_between(random, -1.0, 4.5),
+        open_mouth=max(0.0, _between(random, -8, 6)),
+        brow_raise=_between(random, -1.0, 3.0),
+        lids=min(1.0, _between(random, 0.45, 1.5)),
+        gaze_x=_between(random, -2, 2),
+        gaze_y=_between(random, -0.7, 0.7),
+    )
 
 
 def _outline(person: Identity, grow: float = 0.0) -> np.ndarray:
@@ -172,8 +203,12 @@ class _Drawing:
         self.pen.polygon(self.view.points(points_N2, depth, stiff), fill=_paint(colour))
 
     def line(self, points_N2, colour, width: float, depth: float = 0.0) -> None:
-        self.pen.line(self.view.points(points_N2, depth), fill=_paint(colour), joint="curve",
-                      width=max(1, round(width * self.view.scale * _CANVAS / 112)))
+        self.pen.line(
+            self.view.points(points_N2, depth),
+            fill=_paint(colour),
+            joint="curve",
+            width=max(1, round(width * self.view.scale * _CANVAS / 112)),
+        )
 
     def background(self) -> None:
         random = self.random
@@ -196,8 +231,12 @@ class _Drawing:
         volume = person.hair_volume
         if person.hair_style == "long":
             width = person.cheek_width + volume
-            self.fill([(-width, -10), (width, -10), (width + 3, 66), (width - 16, 74), (16 - width, 74),
-                       (-width - 3, 66)], shade, -14, 0.8)
+            self.fill(
+                [(-width, -10), (width, -10), (width + 3, 66), (width - 16, 74), (16 - width, 74), (-width - 3, 66)],
+                shade,
+                -14,
+                0.8,
+            )
         if person.hair_style == "tied":
             self.fill(_ellipse(0, person.crown - 4, 13 + volume, 10 + volume), shade, -18, 0.8)
         upper = _outline(person, volume)
@@ -206,8 +245,12 @@ class _Drawing:
     def head(self) -> None:
         person = self.person
         for side in (-1, 1):
-            self.fill(_ellipse(side * (person.cheek_width + 1.5), 6, person.ear_size * 0.5, person.ear_size),
-                      person.skin * 0.88, -8, 0.8)
+            self.fill(
+                _ellipse(side * (person.cheek_width + 1.5), 6, person.ear_size * 0.5, person.ear_size),
+                person.skin * 0.88,
+                -8,
+                0.8,
+            )
         self.fill(_outline(person), person.skin, 0, 0.7)
         if person.beard > 0.15:
             outline = _outline(person)
@@ -241,11 +284,15 @@ class _Drawing:
     def brows(self) -> None:
         person, view = self.person, self.view
         across = np.linspace(-1, 1, 8)
-        thickness = person.brow_thickness * (1 - 0.35 * across ** 2)
+        thickness = person.brow_thickness * (1 - 0.35 * across**2)
         for side in (-1, 1):
             x = side * (person.eye_distance + across * person.eye_width * 1.35)
-            y = (-person.brow_height - view.brow_raise + person.brow_arch * across ** 2
-                 + side * person.brow_tilt * (x - side * person.eye_distance))
+            y = (
+                -person.brow_height
+                - view.brow_raise
+                + person.brow_arch * across**2
+                + side * person.brow_tilt * (x - side * person.eye_distance)
+            )
             upper, lower = np.stack([x, y - thickness], 1), np.stack([x, y + thickness * 0.6], 1)
             self.fill(np.concatenate([upper, lower[::-1]]), person.brow, 10)
 
@@ -255,23 +302,31 @@ class _Drawing:
         shade = person.skin * 0.78
         for side in (-1, 1):
             wing = person.nose_width * side
-            self.line([(wing * 0.75, tip - 6), (wing * 1.05, tip - 2), (wing * 0.85, tip + 1.2)], shade, 1.0,
-                      person.nose_height * 0.7)
-            self.fill(_ellipse(wing * 0.5, tip + 0.8, person.nose_width * 0.24, 1.3, points=10), person.skin * 0.4,
-                      person.nose_height * 0.9)
-        self.line([(-person.nose_width * 0.3, tip + 2), (person.nose_width * 0.3, tip + 2)], shade, 0.9,
-                  person.nose_height)
+            self.line(
+                [(wing * 0.75, tip - 6), (wing * 1.05, tip - 2), (wing * 0.85, tip + 1.2)],
+                shade,
+                1.0,
+                person.nose_height * 0.7,
+            )
+            self.fill(
+                _ellipse(wing * 0.5, tip + 0.8, person.nose_width * 0.24, 1.3, points=10),
+                person.skin * 0.4,
+                person.nose_height * 0.9,
+            )
+        self.line(
+            [(-person.nose_width * 0.3, tip + 2), (person.nose_width * 0.3, tip + 2)], shade, 0.9, person.nose_height
+        )
 
     def mouth(self) -> None:
         person, view = self.person, self.view
         across = np.linspace(-1, 1, 13)
         width = person.mouth_width + 0.7 * view.smile
         x = across * width
-        line = person.mouth_y + view.smile * 0.6 - (person.mouth_curve + view.smile) * across ** 2
-        bow = (1 - across ** 2) * (0.75 + 0.5 * np.abs(across))  # two peaks above the middle
-        gap = view.open_mouth * (1 - across ** 2)
+        line = person.mouth_y + view.smile * 0.6 - (person.mouth_curve + view.smile) * across**2
+        bow = (1 - across**2) * (0.75 + 0.5 * np.abs(across))  # two peaks above the middle
+        gap = view.open_mouth * (1 - across**2)
         upper, lower = np.stack([x, line - person.upper_lip * bow * 1.3], 1), line + gap
-        below = np.stack([x, lower + person.lower_lip * (1 - across ** 2) ** 0.8], 1)
+        below = np.stack([x, lower + person.lower_lip * (1 - across**2) ** 0.8], 1)
         self.fill(np.concatenate([upper, np.stack([x, line], 1)[::-1]]), person.lips * 0.92, 11)
         self.fill(np.concatenate([np.stack([x, lower], 1), below[::-1]]), person.lips, 11)
         if view.open_mouth > 1:
@@ -287,7 +342,7 @@ class _Drawing:
             self.fill(_ellipse(x, y, radius, radius, points=8), person.skin * 0.35, 8 - abs(x) / 6)
         if person.freckles > 0:
             # always the same spots for one person: they are drawn from the person's own numbers
-            spots = np.random.RandomState(int(person.freckles * 2 ** 31)).normal(0, 1, (int(60 * person.freckles), 2))
+            spots = np.random.RandomState(int(person.freckles * 2**31)).normal(0, 1, (int(60 * person.freckles), 2))
             for x, y in spots * (15, 4) + (0, 15):
                 self.fill(_ellipse(x, y, 0.5, 0.5, points=5), person.skin * 0.75, 8 - abs(x) / 6)
 
@@ -329,8 +384,12 @@ class _Drawing:
             if kind < 0.04:
                 self.fill(ring, (25, 25, 30), 14)
             self.line([*ring, ring[0]], colour, 1.3, 14)
-            self.line([(side * person.cheek_width, -2), (side * (person.eye_distance + person.eye_width * 1.5), 0)],
-                      colour, 1.2, 6)
+            self.line(
+                [(side * person.cheek_width, -2), (side * (person.eye_distance + person.eye_width * 1.5), 0)],
+                colour,
+                1.2,
+                6,
+            )
         gap = person.eye_distance - person.eye_width * 1.5
         self.line([(-gap, 0), (gap, 0)], colour, 1.3, 15)
 
@@ -345,7 +404,7 @@ def _relief(person: Identity, view: _View, size: int) -> np.ndarray:
     turn = np.sin(view.yaw)
 
     def bump(at_x, at_y, width, height, depth):
-        return np.exp(-((x - at_x - depth * turn) / width) ** 2 - ((y - at_y) / height) ** 2)
+        return np.exp(-(((x - at_x - depth * turn) / width) ** 2) - ((y - at_y) / height) ** 2)
 
     middle = (person.chin + person.crown) / 2
     round_head = 1 - (x / (person.cheek_width * 1.12)) ** 2 - ((y - middle) / (person.chin * 1.15)) ** 2
@@ -368,7 +427,7 @@ def _light(person: Identity, view: _View, random: np.random.RandomState, size: i
     side, height = random.normal(0, 0.55), random.normal(-0.45, 0.35)
     direction = np.array([side, height, 1.0])
     direction /= np.linalg.norm(direction)
-    facing = (direction[2] - direction[0] * right - direction[1] * down) / np.sqrt(1 + right ** 2 + down ** 2)
+    facing = (direction[2] - direction[0] * right - direction[1] * down) / np.sqrt(1 + right**2 + down**2)
     strength = _between(random, 0.35, 0.85)
     shade = Image.fromarray(((1 - strength) + strength * np.clip(facing, 0, 1.2)).astype(np.float32))
     colour = np.clip(random.normal(1, 0.08, 3), 0.7, 1.3) * _between(random, 0.65, 1.25)

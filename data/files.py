@@ -1,4 +1,5 @@
 """A training set of single image files: millions of paths and their classes, compact in memory."""
+
 from __future__ import annotations
 
 import os
@@ -33,14 +34,22 @@ class PackedStrings:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._block[self._ends[index]:self._ends[index + 1]])
+        return os.fsdecode(self._block[self._ends[index] : self._ends[index + 1]])
 
 
 class FileDataset(ImageDataset):
     """Images `root / paths[i]` of class `labels[i]`; a path ending in .bin holds one image as key and value."""
 
-    def __init__(self, root, paths: PackedStrings, labels, place: str, channel_order: str = "rgb",
-                 num_classes: Optional[int] = None, size: int = 112):
+    def __init__(
+        self,
+        root,
+        paths: PackedStrings,
+        labels,
+        place: str,
+        channel_order: str = "rgb",
+        num_classes: Optional[int] = None,
+        size: int = 112,
+    ):
         super().__init__(size, channel_order)
         if len(paths) == 0:
             raise DataError(f"{place}: lists no image")

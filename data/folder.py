@@ -1,4 +1,5 @@
 """Image folders: `imgs/<class>/<image>.jpg`, in the order of torchvision's ImageFolder (which is not needed here)."""
+
 from __future__ import annotations
 
 import os

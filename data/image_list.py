@@ -1,4 +1,5 @@
 """Image lists: `label.txt` with a line `relative/path.jpg<space or tab>label` for each image."""
+
 from __future__ import annotations
 
 import os
@@ -28,8 +29,9 @@ def read_list(path) -> Iterator[tuple[str, int]]:
                         inside(path.parent, name, f"{path} line {number}")
                     yield name, int(fields[1])
                 elif fields and not line.startswith("#"):
-                    raise DataError(f"{path} line {number}: {line.strip()[:60]!r} is not 'path label' with a class "
-                                    "from 0 upwards")
+                    raise DataError(
+                        f"{path} line {number}: {line.strip()[:60]!r} is not 'path label' with a class from 0 upwards"
+                    )
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -44,8 +46,9 @@ def write_list(path, items: Iterable[tuple[str, int]]) -> None:
     os.replace(partial, path)
 
 
-def open_image_list(path, channel_order: str = "rgb", num_classes: Optional[int] = None,
-                    size: int = 112) -> FileDataset:
+def open_image_list(
+    path, channel_order: str = "rgb", num_classes: Optional[int] = None, size: int = 112
+) -> FileDataset:
     """The training set that a list file describes; paths are relative to the list's folder."""
     labels = array("q")
 

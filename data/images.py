@@ -2,6 +2,7 @@
 
 Shapes: H height, W width; arrays are uint8 [H, W, 3] in RGB order.
 """
+
 from __future__ import annotations
 
 import io
@@ -148,7 +149,7 @@ def contact_sheet(dataset, path, rows: int = 8, cols: int = 12) -> None:
     for row, label in enumerate(chosen):
         for col, index in enumerate(np.flatnonzero(dataset.labels == label)[:cols]):
             try:
-                sheet[row * height:(row + 1) * height, col * width:(col + 1) * width] = dataset[int(index)][0]
+                sheet[row * height : (row + 1) * height, col * width : (col + 1) * width] = dataset[int(index)][0]
             except DamagedItem:
                 continue
     path = Path(path)

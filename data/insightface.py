@@ -4,6 +4,7 @@ Record 0 is a header with two labels and no image: images are the keys 1 .. labe
 identity, whose two labels are its [first, last+1) image keys. Files without such a header exist too: then every key is
 an image.
 """
+
 from __future__ import annotations
 
 import logging
@@ -92,8 +93,10 @@ class RecordIODataset(ImageDataset):
             return None
         first, stop = (to_class(label) for label in labels)
         if not 1 <= first <= stop:
-            raise DataError(f"{self.path}: header record announces image keys 1 to {first - 1} and identity keys up to "
-                            f"{stop - 1}: the file is damaged or not a training set")
+            raise DataError(
+                f"{self.path}: header record announces image keys 1 to {first - 1} and identity keys up to "
+                f"{stop - 1}: the file is damaged or not a training set"
+            )
         if stop > MAX_EXACT_LABEL:  # the two numbers are float32 and rounded
             first, stop = self._first_without_image(first, int(np.spacing(np.float32(first)))), len(self.reader)
         return first, stop
@@ -121,7 +124,7 @@ class RecordIODataset(ImageDataset):
         # By convention identity records are in the order of classes. A few are looked up; if one disagrees, all are.
         labels = np.arange(len(first))
         seen = np.flatnonzero(stop > first)
-        for rows in (seen[::max(1, len(seen) // _LOOKED_UP)], seen):
+        for rows in (seen[:: max(1, len(seen) // _LOOKED_UP)], seen):
             found = self.reader.first_labels(self._offsets[first[rows] - 1])
             if (found[found >= 0] == labels[rows][found >= 0]).all():
                 break
@@ -137,8 +140,13 @@ class RecordIODataset(ImageDataset):
             raise DataError(f"{self.path}: no record holds a class: it is damaged or not a training set")
         listed = self._property()
         if num_classes is None and listed not in (None, counted):
-            log.warning("%s says %d classes, the records hold %d: using %d", self.path.with_name("property"), listed,
-                        counted, counted)
+            log.warning(
+                "%s says %d classes, the records hold %d: using %d",
+                self.path.with_name("property"),
+                listed,
+                counted,
+                counted,
+            )
         return settle_classes(counted, num_classes, str(self.path))
 
     def _property(self) -> Optional[int]:

@@ -1,4 +1,5 @@
 """arcface_paddle's `.bin` files of one image each: uint32 key length, key, uint32 value length, pickled JPEG bytes."""
+
 from __future__ import annotations
 
 import os
@@ -40,7 +41,7 @@ def _field(data: bytes, what: str) -> tuple[bytes, bytes]:
     (length,) = _LENGTH.unpack_from(data)
     if length > len(data) - _LENGTH.size:
         raise DamagedItem(f"claims a {what} of {length} bytes and has {len(data) - _LENGTH.size}")
-    return data[_LENGTH.size:_LENGTH.size + length], data[_LENGTH.size + length:]
+    return data[_LENGTH.size : _LENGTH.size + length], data[_LENGTH.size + length :]
 
 
 def image_to_bin(image_path, bin_path) -> None:

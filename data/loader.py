@@ -3,6 +3,7 @@
 Workers hold no randomness: the main process tells them which images to read. What goes wrong in a worker comes back
 as data, so that the user gets one line and not the trace of two processes.
 """
+
 from __future__ import annotations
 
 import logging
@@ -27,17 +28,17 @@ class Batch(NamedTuple):
     """What one step trains on."""
 
     images_BHWC: torch.Tensor  # uint8, RGB, not flipped
-    labels_B: torch.Tensor     # int64
-    flip_B: torch.Tensor       # bool: mirror this image (data.transforms.to_input does)
-    damaged: int               # images of this batch that another image stands in for
+    labels_B: torch.Tensor  # int64
+    flip_B: torch.Tensor  # bool: mirror this image (data.transforms.to_input does)
+    damaged: int  # images of this batch that another image stands in for
 
 
 class _Fetched(NamedTuple):
     images_BHWC: torch.Tensor
     labels_B: torch.Tensor
     flip_B: torch.Tensor
-    problems: list      # of str: what was replaced
-    error: str          # not empty: nothing here can be used
+    problems: list  # of str: what was replaced
+    error: str  # not empty: nothing here can be used
 
 
 class _BatchReader(Dataset):
@@ -108,19 +109,34 @@ class Loader:
     len(): steps per epoch, the same on every rank. damaged: images replaced so far, over all passes.
     """
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
-                 num_workers: int = 0, strict: bool = False, pin_memory: bool = False):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        strict: bool = False,
+        pin_memory: bool = False,
+    ):
         self.dataset = dataset
         self.damaged = 0
         self._sampler = BatchSampler(len(dataset), batch_size, rank, world_size, seed)
         self._positions = _Positions(self._sampler)
         self._loader = DataLoader(
-            _BatchReader(dataset, strict), sampler=self._positions, batch_size=None, collate_fn=_identity,
-            num_workers=num_workers, worker_init_fn=_start_worker, pin_memory=pin_memory,
+            _BatchReader(dataset, strict),
+            sampler=self._positions,
+            batch_size=None,
+            collate_fn=_identity,
+            num_workers=num_workers,
+            worker_init_fn=_start_worker,
+            pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             # each pass draws a seed for its workers: from a generator of its own, so that a pass begun in the middle
             # of an epoch leaves training's random numbers as they were
-            generator=torch.Generator())
+            generator=torch.Generator(),
+        )
 
     def __len__(self) -> int:
         return self._sampler.steps
@@ -128,8 +144,10 @@ class Loader:
     def set_position(self, epoch: int, step: int = 0) -> None:
         """Continue at `step` (0 .. len) of `epoch`; both count from 0."""
         if not 0 <= step <= len(self) or epoch < 0:
-            raise DataError(f"position epoch {epoch} step {step}: an epoch of this set has {len(self)} steps; "
-                            "was the batch size or the number of ranks changed?")
+            raise DataError(
+                f"position epoch {epoch} step {step}: an epoch of this set has {len(self)} steps; "
+                "was the batch size or the number of ranks changed?"
+            )
         self._positions.epoch, self._positions.step = epoch, step
 
     def __iter__(self) -> Iterator[Batch]:
@@ -143,6 +161,8 @@ class Loader:
             damaged += len(fetched.problems)
             self.damaged += len(fetched.problems)
             if damaged > MAX_DAMAGED * images:
-                raise DataError(f"{damaged} damaged images, more than {MAX_DAMAGED:.0%} of the {images} of an epoch, "
-                                f"the last: {fetched.problems[-1]}: the data set needs repair")
+                raise DataError(
+                    f"{damaged} damaged images, more than {MAX_DAMAGED:.0%} of the {images} of an epoch, "
+                    f"the last: {fetched.problems[-1]}: the data set needs repair"
+                )
             yield Batch(fetched.images_BHWC, fetched.labels_B, fetched.flip_B, len(fetched.problems))

@@ -3,6 +3,7 @@
 Three forms: InsightFace's `lfw.bin` (a pickle), InsightFace_Pytorch's bcolz array `lfw/` with `lfw_list.npy`, and a
 folder `lfw/` with `label.txt` and one folder per pair. Images are decoded when they are asked for.
 """
+
 from __future__ import annotations
 
 import json
@@ -48,7 +49,7 @@ class PairImages:
     def __getitem__(self, rows) -> np.ndarray:
         if not isinstance(rows, slice):
             row = range(len(self))[rows]
-            return self[row:row + 1][0]
+            return self[row : row + 1][0]
         rows = range(*rows.indices(len(self)))
         images_BHWC = np.empty((len(rows), *self.size, 3), np.uint8)
         self._fill(rows, images_BHWC)
@@ -88,8 +89,9 @@ class _BcolzPairs(PairImages):
             try:
                 image_CHW = self._array[row]
             except Exception as error:  # bcolz reports a bad chunk in many ways
-                raise DataError(f"{self._place} image {row}: chunk cannot be read ({type(error).__name__}): prepare "
-                                "the set again") from None
+                raise DataError(
+                    f"{self._place} image {row}: chunk cannot be read ({type(error).__name__}): prepare the set again"
+                ) from None
             image_HWC = np.rint((image_CHW.transpose(1, 2, 0) * 0.5 + 0.5) * 255).clip(0, 255).astype(np.uint8)
             out_BHWC[slot] = image_HWC[:, :, ::-1] if self._channel_order == "bgr" else image_HWC
 
@@ -117,8 +119,10 @@ def load_pairs(path, channel_order: Optional[str] = None, size: int = 112) -> tu
     if len(issame) == 0:
         raise DataError(f"{path}: holds no pair")
     if len(images) != 2 * len(issame):
-        raise DataError(f"{path}: {len(images)} images for {len(issame)} pairs, where {2 * len(issame)} are needed: "
-                        "the set is damaged")
+        raise DataError(
+            f"{path}: {len(images)} images for {len(issame)} pairs, where {2 * len(issame)} are needed: "
+            "the set is damaged"
+        )
     return images, issame
 
 
@@ -130,8 +134,11 @@ def find_pair_sets(root, names: Sequence[str] = VERIFICATION_SETS) -> dict[str, 
     found = {}
     for name in names:
         folder = root / name
-        for path, mark in ((root / f"{name}.bin", root / f"{name}.bin"), (folder, folder / "meta" / "sizes"),
-                           (folder, folder / "label.txt")):
+        for path, mark in (
+            (root / f"{name}.bin", root / f"{name}.bin"),
+            (folder, folder / "meta" / "sizes"),
+            (folder, folder / "label.txt"),
+        ):
             if mark.is_file():
                 found[name] = path
                 break
@@ -191,8 +198,9 @@ def _load_bcolz(path: Path, channel_order: Optional[str], size: int) -> tuple[Pa
     try:
         import bcolz
     except ImportError:
-        raise DataError(f"{path}: reading bcolz arrays needs the package bcolz-zipline: pip install it, or use "
-                        f"{path.name}.bin") from None
+        raise DataError(
+            f"{path}: reading bcolz arrays needs the package bcolz-zipline: pip install it, or use {path.name}.bin"
+        ) from None
     # bcolz unpickles arrays of objects and allocates what the meta files say: look at them first.
     try:
         shape = json.loads((path / "meta" / "sizes").read_text())["shape"]
@@ -204,16 +212,18 @@ def _load_bcolz(path: Path, channel_order: Optional[str], size: int) -> tuple[Pa
     if shape != [rows, 3, size, size] or dtype != "float32" or not isinstance(chunk, int):
         raise DataError(f"{path}: holds {dtype} {shape}, where float32 [2N, 3, {size}, {size}] is needed")
     if not 1 <= chunk <= _MAX_CHUNK_IMAGES:
-        raise DataError(f"{path}: chunks of {chunk} images; at most {_MAX_CHUNK_IMAGES} are read: prepare the set "
-                        "again")
+        raise DataError(
+            f"{path}: chunks of {chunk} images; at most {_MAX_CHUNK_IMAGES} are read: prepare the set again"
+        )
     _check_chunks(path, rows, chunk, 3 * size * size * 4)
     answers = path.with_name(path.name + "_list.npy")
     try:
         issame = np.load(answers, allow_pickle=False)
         array = bcolz.carray(rootdir=str(path), mode="r")
     except Exception as error:  # numpy and bcolz report damaged files in many ways
-        raise DataError(f"{path}: cannot be opened with {answers.name} ({str(error)[:100]}): prepare the set "
-                        "again") from None
+        raise DataError(
+            f"{path}: cannot be opened with {answers.name} ({str(error)[:100]}): prepare the set again"
+        ) from None
     if channel_order is None:
         channel_order = recorded_channel_order(path)
     if channel_order is None:

@@ -5,6 +5,7 @@ says whether the part is a whole record (0) or the first (1), middle (2) or last
 payload held the magic word; the lower 29 bits are the length. A record's payload is IRHeader `<IfQQ` (flag, label,
 id, id2), `flag` float32 labels, and the encoded image.
 """
+
 from __future__ import annotations
 
 import math
@@ -27,8 +28,8 @@ _HEADER = struct.Struct("<IfQQ")
 _LENGTH_MASK = (1 << 29) - 1
 MAX_EXACT_LABEL = 1 << 24  # a label is a float32
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
-_INDEX_CHUNK = 8 << 20      # bytes of .idx parsed at a time
-_GATHER_CHUNK = 1 << 15     # records looked at together: their indices take 8 bytes per byte read
+_INDEX_CHUNK = 8 << 20  # bytes of .idx parsed at a time
+_GATHER_CHUNK = 1 << 15  # records looked at together: their indices take 8 bytes per byte read
 
 
 def _aligned(offset: int) -> int:
@@ -45,8 +46,10 @@ def pack(label: Union[float, Sequence[float]], image: bytes = b"", key: int = 0)
         head = _HEADER.pack(len(labels), 0.0, key, 0) + struct.pack(f"<{len(labels)}f", *labels)
     for value in labels:
         if abs(value) > MAX_EXACT_LABEL:
-            raise DataError(f"label {value:.0f}: RecordIO keeps labels as float32, exact up to {MAX_EXACT_LABEL}; "
-                            "use label.txt or base64 lists")
+            raise DataError(
+                f"label {value:.0f}: RecordIO keeps labels as float32, exact up to {MAX_EXACT_LABEL}; "
+                "use label.txt or base64 lists"
+            )
     return head + image
 
 
@@ -203,8 +206,10 @@ class RecordIOReader:
         else:
             begin, end = np.searchsorted(self._keys, [first, stop])
         if end - begin != stop - first:
-            raise DataError(f"{self.path}: the index lacks some of the keys {first} to {stop - 1} which the header "
-                            "record announces: write the index again")
+            raise DataError(
+                f"{self.path}: the index lacks some of the keys {first} to {stop - 1} which the header "
+                "record announces: write the index again"
+            )
         return self._offsets[begin:end]
 
     def read(self, key: int) -> bytes:
@@ -244,8 +249,9 @@ class RecordIOReader:
         start = offset + _PART.size
         stop = start + (lrec & _LENGTH_MASK)
         if stop > self._size:
-            raise DamagedItem(f"byte {offset}: cut off, the record ends {stop - self._size} bytes past the end of "
-                              "the file")
+            raise DamagedItem(
+                f"byte {offset}: cut off, the record ends {stop - self._size} bytes past the end of the file"
+            )
         return lrec >> 29, start, stop
 
     def _walk(self) -> np.ndarray:
@@ -264,8 +270,10 @@ class RecordIOReader:
     def _check_index(self, idx_path: Path) -> None:
         first, last = int(np.argmin(self._offsets)), int(np.argmax(self._offsets))
         if self._offsets[last] + _PART.size > self._size:
-            raise DataError(f"{idx_path}: key {self.keys[last]} is at byte {self._offsets[last]}, past the end of "
-                            f"{self.path} ({self._size} bytes): the .rec is cut off or the index is another file's")
+            raise DataError(
+                f"{idx_path}: key {self.keys[last]} is at byte {self._offsets[last]}, past the end of "
+                f"{self.path} ({self._size} bytes): the .rec is cut off or the index is another file's"
+            )
         # A few records spread over the file tell a foreign index from the right one. One or two damaged records are
         # single images' damage, except the first (is it RecordIO at all?) and a last one that is not all there.
         looked_at = [first, *range(0, len(self), max(1, len(self) // 16)), last]
@@ -276,21 +284,22 @@ class RecordIOReader:
             except DamagedItem as error:
                 problems[row] = error
         begins = int(self._offsets[last])
-        cut_off = last in problems and self._mmap[begins:begins + 4] == _MAGIC_BYTES
+        cut_off = last in problems and self._mmap[begins : begins + 4] == _MAGIC_BYTES
         if first in problems or cut_off or len(problems) > len(set(looked_at)) / 2:
             error = problems[first if first in problems else last if cut_off else min(problems)]
-            raise DataError(f"{self.path} {error}: the .rec is damaged or cut off, or {idx_path.name} belongs to "
-                            "another file")
+            raise DataError(
+                f"{self.path} {error}: the .rec is damaged or cut off, or {idx_path.name} belongs to another file"
+            )
 
     def gather(self, offsets: np.ndarray, count: int) -> np.ndarray:
         """uint8 [len(offsets), count]: the first bytes at each offset, zeros past the end of the file."""
         data = np.frombuffer(self._mmap, np.uint8)
         out = np.empty((len(offsets), count), np.uint8)
         for begin in range(0, len(offsets), _GATHER_CHUNK):
-            where = offsets[begin:begin + _GATHER_CHUNK, None] + np.arange(count)
+            where = offsets[begin : begin + _GATHER_CHUNK, None] + np.arange(count)
             chunk = data[np.minimum(where, self._size - 1)]
             chunk[where >= self._size] = 0
-            out[begin:begin + _GATHER_CHUNK] = chunk
+            out[begin : begin + _GATHER_CHUNK] = chunk
         return out
 
     def first_labels(self, offsets: np.ndarray) -> np.ndarray:

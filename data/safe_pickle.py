@@ -4,6 +4,7 @@ Verification `.bin` files and kv `.bin` files are pickles. Only lists, tuples, b
 numpy's array reconstruction are admitted, and the latter is not numpy's own: it is replaced by functions that check
 sizes before they build an array.
 """
+
 from __future__ import annotations
 
 import io
@@ -18,13 +19,46 @@ from data.errors import DataError
 _DTYPES = {"u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8", "b1"}
 # Protocols 2 to 5, less what can name or build something else. Protocol 0's text forms are out as well.
 _OPCODES = {
-    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE",
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
-    "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
-    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "EMPTY_LIST", "APPEND", "APPENDS", "TUPLE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
-    "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE",
-    "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+    "PROTO",
+    "FRAME",
+    "STOP",
+    "MARK",
+    "POP",
+    "POP_MARK",
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "EMPTY_LIST",
+    "APPEND",
+    "APPENDS",
+    "TUPLE",
+    "EMPTY_TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+    "BINGET",
+    "LONG_BINGET",
+    "BINPUT",
+    "LONG_BINPUT",
+    "MEMOIZE",
+    "GLOBAL",
+    "STACK_GLOBAL",
+    "REDUCE",
+    "BUILD",
 }
 
 
@@ -127,11 +161,14 @@ def load(data: bytes, place: str) -> Any:
         _check_opcodes(data)
         return _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except _Refused as error:
-        raise DataError(f"{place}: refused: the pickle holds {error}, and only lists, bytes, numbers and numpy arrays "
-                        "are read from strangers' pickles") from None
+        raise DataError(
+            f"{place}: refused: the pickle holds {error}, and only lists, bytes, numbers and numpy arrays "
+            "are read from strangers' pickles"
+        ) from None
     except Exception as error:  # a broken pickle fails in a dozen ways
-        raise DataError(f"{place}: not a whole pickle ({type(error).__name__}: {str(error)[:80]}): copy the file "
-                        "again") from None
+        raise DataError(
+            f"{place}: not a whole pickle ({type(error).__name__}: {str(error)[:80]}): copy the file again"
+        ) from None
 
 
 def as_array(value: Any) -> Any:

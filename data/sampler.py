@@ -1,4 +1,5 @@
 """Which image goes where: a pure function of (seed, epoch, position), the same for any number of ranks."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -31,16 +32,23 @@ class BatchSampler:
         if batch_size < 1:
             raise DataError(f"batch_size {batch_size}: it must be at least 1")
         self.num_images, self.batch_size, self.rank, self.world_size, self.seed = (
-            num_images, batch_size, rank, world_size, seed)
+            num_images,
+            batch_size,
+            rank,
+            world_size,
+            seed,
+        )
         self.global_batch = batch_size * world_size
         self.steps = num_images // self.global_batch
         if self.steps == 0:
-            raise DataError(f"batch of {world_size} x {batch_size} = {self.global_batch} images is larger than the set "
-                            f"of {num_images}: choose a batch size of at most {num_images // world_size}")
+            raise DataError(
+                f"batch of {world_size} x {batch_size} = {self.global_batch} images is larger than the set "
+                f"of {num_images}: choose a batch size of at most {num_images // world_size}"
+            )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(indices int64 [b], flips bool [b]) of this rank, from `first_step` to the end of the epoch."""
         order, flips = epoch_order(self.num_images, self.seed, epoch)
         for step in range(first_step, self.steps):
             begin = step * self.global_batch + self.rank * self.batch_size
-            yield order[begin:begin + self.batch_size], flips[begin:begin + self.batch_size]
+            yield order[begin : begin + self.batch_size], flips[begin : begin + self.batch_size]

@@ -1,4 +1,5 @@
 """Faces that nobody has: images without a disk for speed tests, and drawn faces for a first training."""
+
 from __future__ import annotations
 
 import argparse
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _STAMP = "synthetic.json"
 _GENERATOR = 1  # raise it when the same arguments give other faces
-_FOLDS = 10     # of the verification protocol: contiguous, each with as many equal as different pairs
+_FOLDS = 10  # of the verification protocol: contiguous, each with as many equal as different pairs
 _TRAIN, _VERIFY, _PAIRS = range(3)  # the random streams of one seed
 
 
@@ -33,9 +34,9 @@ class SyntheticDataset(ImageDataset):
     Image i belongs to class i % num_classes: a coarse pattern of its class under noise, so a loss can fall.
     """
 
-    _NOISES = 64        # the noise repeats: drawing it anew for each image would cost more than decoding a JPEG
-    _CELLS = 7          # a class's pattern is 7 x 7 cells of one colour each
-    _POOL = 1 << 20     # random bytes that the patterns are cut from
+    _NOISES = 64  # the noise repeats: drawing it anew for each image would cost more than decoding a JPEG
+    _CELLS = 7  # a class's pattern is 7 x 7 cells of one colour each
+    _POOL = 1 << 20  # random bytes that the patterns are cut from
 
     def __init__(self, num_images: int, num_classes: int, size: int = 112, seed: int = 0):
         super().__init__(size)
@@ -61,7 +62,7 @@ class SyntheticDataset(ImageDataset):
         label = index % self.num_classes
         count = self._CELLS * self._CELLS * 3
         begin = label * count % (self._POOL - count)
-        cells = self._pool[begin:begin + count].reshape(self._CELLS, self._CELLS, 3)
+        cells = self._pool[begin : begin + count].reshape(self._CELLS, self._CELLS, 3)
         cells[:, self._cell_of].take(self._cell_of, axis=0, out=out_HWC, mode="clip")
         out_HWC += self._noise[index % self._NOISES]
         return label
@@ -78,8 +79,14 @@ def _jpeg(person: Identity, seed: int, stream: int, number: int, image: int, siz
     return out.getvalue()
 
 
-def write_training_set(folder, identities: int, images_per_identity: int, seed: int, size: int = 112,
-                       tick: Callable[[], object] = lambda: None) -> None:
+def write_training_set(
+    folder,
+    identities: int,
+    images_per_identity: int,
+    seed: int,
+    size: int = 112,
+    tick: Callable[[], object] = lambda: None,
+) -> None:
     """train.rec, train.idx and property of drawn faces in InsightFace's layout; `tick` is called once an image."""
     folder, images = Path(folder), identities * images_per_identity
     with RecordIOWriter(folder / "train.rec", folder / "train.idx") as writer:
@@ -97,8 +104,15 @@ def write_training_set(folder, identities: int, images_per_identity: int, seed: 
     (folder / "property").write_text(f"{identities},{size},{size}")
 
 
-def write_verification_set(path, identities: int, images_per_identity: int, pairs: int, seed: int, size: int = 112,
-                           tick: Callable[[], object] = lambda: None) -> None:
+def write_verification_set(
+    path,
+    identities: int,
+    images_per_identity: int,
+    pairs: int,
+    seed: int,
+    size: int = 112,
+    tick: Callable[[], object] = lambda: None,
+) -> None:
     """A verification .bin of drawn people who are in no training set of this seed, in ten folds."""
     random = np.random.RandomState([seed, _PAIRS])
     faces = []
@@ -123,19 +137,35 @@ def write_verification_set(path, identities: int, images_per_identity: int, pair
     write_bin(path, images, issame)
 
 
-def generate(output, identities: int = 40, images_per_identity: int = 40, verify_identities: int = 40,
-             verify_images: int = 10, pairs: int = 600, seed: int = 0,
-             tick: Callable[[], object] = lambda: None) -> bool:
+def generate(
+    output,
+    identities: int = 40,
+    images_per_identity: int = 40,
+    verify_identities: int = 40,
+    verify_images: int = 10,
+    pairs: int = 600,
+    seed: int = 0,
+    tick: Callable[[], object] = lambda: None,
+) -> bool:
     """Write train.rec, train.idx, property and lfw.bin into folder `output`; False if they are already there.
 
     Everything is written beside `output` and moved in when whole. A folder with someone else's data is refused.
     """
     if min(identities, verify_identities, verify_images) < 2 or images_per_identity < 1 or pairs < 2 * _FOLDS:
-        raise DataError(f"a synthetic set needs at least 2 identities, 2 verification identities of 2 images, 1 image "
-                        f"for each identity and {2 * _FOLDS} pairs")
+        raise DataError(
+            f"a synthetic set needs at least 2 identities, 2 verification identities of 2 images, 1 image "
+            f"for each identity and {2 * _FOLDS} pairs"
+        )
     output = Path(output)
-    wanted = {"generator": _GENERATOR, "identities": identities, "images_per_identity": images_per_identity,
-              "verify_identities": verify_identities, "verify_images": verify_images, "pairs": pairs, "seed": seed}
+    wanted = {
+        "generator": _GENERATOR,
+        "identities": identities,
+        "images_per_identity": images_per_identity,
+        "verify_identities": verify_identities,
+        "verify_images": verify_images,
+        "pairs": pairs,
+        "seed": seed,
+    }
     present = _read_stamp(output)
     if present == wanted:
         return False
@@ -156,8 +186,9 @@ def generate(output, identities: int = 40, images_per_identity: int = 40, verify
         (partial / _STAMP).write_text(json.dumps(wanted))
         os.replace(partial / _STAMP, output / _STAMP)
     except OSError as error:
-        raise DataError(f"{output}: cannot be written ({error.strerror}): free some space or choose another folder"
-                        ) from None
+        raise DataError(
+            f"{output}: cannot be written ({error.strerror}): free some space or choose another folder"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
@@ -184,6 +215,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         from tqdm import tqdm
+
         total = args.identities * args.images_per_identity + args.verify_identities * args.verify_images
         with tqdm(total=total, unit="image", desc="drawing faces", disable=None) as bar:
             made = generate(**vars(args), tick=bar.update)

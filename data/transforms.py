@@ -1,4 +1,5 @@
 """uint8 images to the network's input, on whatever device they are."""
+
 from __future__ import annotations
 
 from typing import Optional
@@ -6,9 +7,13 @@ from typing import Optional
 import torch
 
 
-def to_input(images_BHWC: torch.Tensor, flip_B: Optional[torch.Tensor] = None, dtype: torch.dtype = torch.float32,
-             memory_format: torch.memory_format = torch.contiguous_format,
-             channel_order: str = "rgb") -> torch.Tensor:
+def to_input(
+    images_BHWC: torch.Tensor,
+    flip_B: Optional[torch.Tensor] = None,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    channel_order: str = "rgb",
+) -> torch.Tensor:
     """[B, 3, H, W] = (x / 255 - 0.5) / 0.5 of uint8 RGB images [B, H, W, 3], on the images' device.
 
     flip_B: bool [B], the images to mirror left to right. channel_order: what the network was trained on; "bgr" for

@@ -37,10 +37,21 @@ class Centers:
     all_rows: decay and momentum move every row at every step, drawn or not, as a dense optimizer does (arcface_torch).
     """
 
-    def __init__(self, shard: RowShard, width: int, momentum: float = 0.9, weight_decay: float = 5e-4, seed: int = 0,
-                 init_norm: float = 1.0, bias: bool = False, dtype: torch.dtype = torch.float32,
-                 momentum_dtype: torch.dtype = torch.float32, momentum_on_host: bool = False, all_rows: bool = False,
-                 device=None):
+    def __init__(
+        self,
+        shard: RowShard,
+        width: int,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        seed: int = 0,
+        init_norm: float = 1.0,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        momentum_dtype: torch.dtype = torch.float32,
+        momentum_on_host: bool = False,
+        all_rows: bool = False,
+        device=None,
+    ):
         if dtype not in CENTER_DTYPES:
             raise ModelError(f"centers in {dtype}: choose from {', '.join(map(str, CENTER_DTYPES))}")
         if momentum_dtype not in MOMENTUM_DTYPES:
@@ -56,7 +67,8 @@ class Centers:
         if momentum and momentum_on_host:
             pin = self.device.type != "cpu"
             self.velocity = HostTable(
-                make_table(shard.rows, width, momentum_dtype, self.work_dtype, "cpu", pin), self.device)
+                make_table(shard.rows, width, momentum_dtype, self.work_dtype, "cpu", pin), self.device
+            )
         elif momentum:
             self.velocity = make_table(shard.rows, width, momentum_dtype, self.work_dtype, self.device)
         self.updates = 0  # how many there were: the rounding's noise depends on it
@@ -80,7 +92,7 @@ class Centers:
             generator.manual_seed((self.seed * 1_000_003 + start // INIT_ROWS + INIT_SALT) % 2**63)
             rows = torch.randn(INIT_ROWS, dim, generator=generator, device=source).mul_(init_norm / math.sqrt(dim))
             a, b = max(start, shard.start), min(start + INIT_ROWS, shard.stop)
-            self.weight[a - shard.start: b - shard.start, :dim] = rows[a - start: b - start].to(self.device)
+            self.weight[a - shard.start : b - shard.start, :dim] = rows[a - start : b - start].to(self.device)
         if self.bias:
             self.weight[:, dim:] = 0
 
@@ -168,8 +180,15 @@ class Centers:
 
     def state(self) -> dict:
         """This rank's part: the stored tensors themselves, not copies. "momentum_scale" is an int8 momentum's."""
-        state = {"start": self.shard.start, "stop": self.shard.stop, "total": self.shard.total,
-                 "updates": self.updates, "weight": self.weight, "momentum": None, "momentum_scale": None}
+        state = {
+            "start": self.shard.start,
+            "stop": self.shard.stop,
+            "total": self.shard.total,
+            "updates": self.updates,
+            "weight": self.weight,
+            "momentum": None,
+            "momentum_scale": None,
+        }
         if self.velocity is not None:
             state.update({f"momentum{name}": t for name, t in self.velocity.tensors().items()})
         return state
@@ -181,11 +200,14 @@ class Centers:
         for name in ("start", "stop", "total"):
             mine, theirs = getattr(self.shard, name), int(state[name])
             if theirs != mine:
-                raise ModelError(f"class centers: the checkpoint's {name} is {theirs}, this rank's is {mine}; reshard "
-                                 "it to this number of ranks and classes first")
+                raise ModelError(
+                    f"class centers: the checkpoint's {name} is {theirs}, this rank's is {mine}; reshard "
+                    "it to this number of ranks and classes first"
+                )
         if tuple(state["weight"].shape) != (self.shard.rows, self.width):
-            raise ModelError(f"class centers: expected {[self.shard.rows, self.width]}, "
-                             f"got {list(state['weight'].shape)}")
+            raise ModelError(
+                f"class centers: expected {[self.shard.rows, self.width]}, got {list(state['weight'].shape)}"
+            )
         self.updates = int(state["updates"])
         self.weight.copy_(state["weight"])
         if self.velocity is None:
@@ -303,8 +325,9 @@ class Rows:
                 self.staged = velocity.stage(self.index_R)
             velocity, place = self.staged.table(), slice(start, stop)
         if centers.update_kernel is not None:
-            centers.update_kernel(grad_KW, centers.table, where, velocity, place, scale_K, along_K, update,
-                                  centers.shard.start)
+            centers.update_kernel(
+                grad_KW, centers.table, where, velocity, place, scale_K, along_K, update, centers.shard.start
+            )
             return
         noise = Noise(update.noise_key, where, centers.shard.start, centers.device)
         weight_KW = self.read(start, stop).to(self.work_dtype)

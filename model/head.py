@@ -54,16 +54,36 @@ class MarginHead(nn.Module):
     Raises ModelError, one line, for arguments that do not fit together.
     """
 
-    def __init__(self, num_classes: int, embedding_size: int = 512, margin: str = "arcface", s: float = 64.0,
-                 m: float | None = None, combined: tuple = (1.0, 0.5, 0.0), world=ALONE, sharded: bool = True,
-                 op: str = "auto", sample_rate: float = 1.0, update_rows: str = "drawn", update: str = "step",
-                 interclass_filtering_threshold: float = 0.0, top5: bool = False, seed: int = 0, momentum: float = 0.9,
-                 weight_decay: float = 5e-4, init_norm: float = 1.0, device=None, dtype: torch.dtype = torch.float32,
-                 momentum_dtype: torch.dtype = torch.float32, momentum_on_host: bool = False):
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int = 512,
+        margin: str = "arcface",
+        s: float = 64.0,
+        m: float | None = None,
+        combined: tuple = (1.0, 0.5, 0.0),
+        world=ALONE,
+        sharded: bool = True,
+        op: str = "auto",
+        sample_rate: float = 1.0,
+        update_rows: str = "drawn",
+        update: str = "step",
+        interclass_filtering_threshold: float = 0.0,
+        top5: bool = False,
+        seed: int = 0,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        init_norm: float = 1.0,
+        device=None,
+        dtype: torch.dtype = torch.float32,
+        momentum_dtype: torch.dtype = torch.float32,
+        momentum_on_host: bool = False,
+    ):
         super().__init__()
         kind = find_margin(margin)
-        _check_arguments(num_classes, margin, kind, world, sharded, sample_rate, update_rows, update,
-                         interclass_filtering_threshold)
+        _check_arguments(
+            num_classes, margin, kind, world, sharded, sample_rate, update_rows, update, interclass_filtering_threshold
+        )
         self.num_classes, self.embedding_size, self.margin, self.sharded = num_classes, embedding_size, margin, sharded
         self.world, self.device, self.update = world, torch.device(device or "cpu"), update
         self.op = choose_op(op, self.device)
@@ -72,15 +92,29 @@ class MarginHead(nn.Module):
         if m is not None and "m" in kind.parameters:
             parameters["m"] = m
         self.margin_function = partial(kind.function, **parameters)
-        self.spec = dict(s=s if kind.normalised else 1.0, normalise=kind.normalised,
-                         filter_above=interclass_filtering_threshold, top5=top5)
+        self.spec = dict(
+            s=s if kind.normalised else 1.0,
+            normalise=kind.normalised,
+            filter_above=interclass_filtering_threshold,
+            top5=top5,
+        )
         self.bias = not kind.normalised
         self._class_world = world if sharded else ALONE
         shard = RowShard.of(num_classes, self._class_world.rank, self._class_world.size)
-        self.centers = Centers(shard, embedding_size + self.bias, momentum=momentum, weight_decay=weight_decay,
-                               seed=seed, init_norm=init_norm, bias=self.bias, dtype=dtype, device=self.device,
-                               momentum_dtype=momentum_dtype, momentum_on_host=momentum_on_host,
-                               all_rows=update_rows == "all")
+        self.centers = Centers(
+            shard,
+            embedding_size + self.bias,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            seed=seed,
+            init_norm=init_norm,
+            bias=self.bias,
+            dtype=dtype,
+            device=self.device,
+            momentum_dtype=momentum_dtype,
+            momentum_on_host=momentum_on_host,
+            all_rows=update_rows == "all",
+        )
         self.centers.update_kernel = self.op.update_rows
         self.draw = Draw(shard.rows, sample_rate, seed, shard.start) if sample_rate < 1 else None
         self.draws = 0  # how many there were: the next one depends on it
@@ -89,8 +123,10 @@ class MarginHead(nn.Module):
 
     def extra_repr(self) -> str:
         shard = self.centers.shard
-        return (f"{self.margin}, classes {shard.start}:{shard.stop} of {self.num_classes}, "
-                f"embedding_size={self.embedding_size}, op={self.op.name}")
+        return (
+            f"{self.margin}, classes {shard.start}:{shard.stop} of {self.num_classes}, "
+            f"embedding_size={self.embedding_size}, op={self.op.name}"
+        )
 
     def forward(self, emb_BD: torch.Tensor, labels_B: torch.Tensor) -> HeadOutput:
         """emb_BD: [B, embedding_size] of any floating dtype, not normalised. labels_B: int64. The same B on every rank.
@@ -150,7 +186,7 @@ class MarginHead(nn.Module):
             everyone_N = self.world.all_gather(norm_B)
             quality_N = self.norms.quality(everyone_N, self.training)
             start = self.world.rank * norm_B.shape[0]
-            return self.margin_function(target_B, quality_N[start: start + norm_B.shape[0]])
+            return self.margin_function(target_B, quality_N[start : start + norm_B.shape[0]])
         return self.margin_function(target_B, self.norms.quality(norm_B, self.training))
 
     def _over_ranks(self, loss, correct, correct_top5):
@@ -161,8 +197,10 @@ class MarginHead(nn.Module):
 
     def _check(self, emb_BD, labels_B):
         if emb_BD.dim() != 2 or emb_BD.shape[1] != self.embedding_size or labels_B.shape != emb_BD.shape[:1]:
-            raise ModelError(f"the head takes embeddings [B, {self.embedding_size}] and labels [B], "
-                             f"got {list(emb_BD.shape)} and {list(labels_B.shape)}")
+            raise ModelError(
+                f"the head takes embeddings [B, {self.embedding_size}] and labels [B], "
+                f"got {list(emb_BD.shape)} and {list(labels_B.shape)}"
+            )
         if labels_B.device.type == "cpu" and labels_B.numel():
             low, high = int(labels_B.min()), int(labels_B.max())
             if low < 0 or high >= self.num_classes:
@@ -230,8 +268,13 @@ class MarginHead(nn.Module):
             momentum = self._gathered(self.centers.momentum_rows, slice(None), max_bytes)
         if self.bias:
             bias = self._gathered(self._weight_rows, slice(self.embedding_size, None), max_bytes)
-        return {"momentum": momentum, "bias": bias, "draws": self.draws, "updates": self.centers.updates,
-                "norms": self._norm_state()}
+        return {
+            "momentum": momentum,
+            "bias": bias,
+            "draws": self.draws,
+            "updates": self.centers.updates,
+            "norms": self._norm_state(),
+        }
 
     def _weight_rows(self, start, stop):
         return self.centers.weight[start:stop]
@@ -262,8 +305,10 @@ class MarginHead(nn.Module):
 
         Raises ModelError where the shape is another one."""
         if tuple(kernel_DC.shape) != (self.embedding_size, self.num_classes):
-            raise ModelError(f"head kernel: expected [{self.embedding_size}, {self.num_classes}] (embedding size, "
-                             f"classes), got {list(kernel_DC.shape)}")
+            raise ModelError(
+                f"head kernel: expected [{self.embedding_size}, {self.num_classes}] (embedding size, "
+                f"classes), got {list(kernel_DC.shape)}"
+            )
         with torch.no_grad():
             self.centers.weight[:, : self.embedding_size] = self._own(kernel_DC)
             self.centers.load_momentum(None)
@@ -273,7 +318,7 @@ class MarginHead(nn.Module):
         with torch.no_grad():
             self.centers.load_momentum(None if state["momentum"] is None else self._own(state["momentum"]))
             if self.bias and state["bias"] is not None:
-                self.centers.weight[:, self.embedding_size:] = self._own(state["bias"])
+                self.centers.weight[:, self.embedding_size :] = self._own(state["bias"])
         self.draws, self.centers.updates = int(state["draws"]), int(state["updates"])
         if self.norms is not None:
             self.norms.load(state["norms"])
@@ -302,8 +347,10 @@ def _check_arguments(num_classes, margin, kind, world, sharded, sample_rate, upd
     if filtering and not kind.normalised:
         raise ModelError(f"interclass_filtering_threshold reads cosines, and margin '{margin}' has none")
     if not sharded and world.size > 1 and (sample_rate < 1 or update == "backward"):
-        raise ModelError("sample_rate below 1 and update='backward' need sharded centers: every rank's copy has to get "
-                         "the same update")
+        raise ModelError(
+            "sample_rate below 1 and update='backward' need sharded centers: every rank's copy has to get "
+            "the same update"
+        )
     if update == "backward" and update_rows == "all" and sample_rate < 1:
         raise ModelError("update_rows='all' moves rows that no backward walk visits: use it with update='step'")
 

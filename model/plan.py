@@ -48,8 +48,10 @@ class Form:
     def options(self) -> str:
         """What asks for it on a command line."""
         names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8", None: "none"}
-        return (f"--centers_dtype={names[self.dtype]} --momentum_dtype={names[self.momentum_dtype]}"
-                f"{' --momentum_on_host' if self.momentum_on_host else ''}")
+        return (
+            f"--centers_dtype={names[self.dtype]} --momentum_dtype={names[self.momentum_dtype]}"
+            f"{' --momentum_on_host' if self.momentum_on_host else ''}"
+        )
 
 
 # From the most exact to the smallest; docs/scaling.md has what each costs in quality.
@@ -206,12 +208,14 @@ class HeadPlan:
         rows = 4 * images * self.embedding_size
         # gloo has none in most versions of torch: `World.reduce_scatter_rows` reduces on every rank there
         scatter = "all_reduce" if self.device_type == "cpu" else "reduce_scatter"
-        return (Collective("labels", "all_gather", 8 * images),
-                Collective("embeddings", "all_gather", rows),
-                Collective("the target's value", "all_reduce", 4 * images),
-                Collective("the largest logit, and before filtering", "all_reduce", 2 * 4 * images),
-                Collective("sum of exponentials, and how many are better", "all_reduce", 2 * 4 * images),
-                Collective("gradient of the embeddings", scatter, rows))
+        return (
+            Collective("labels", "all_gather", 8 * images),
+            Collective("embeddings", "all_gather", rows),
+            Collective("the target's value", "all_reduce", 4 * images),
+            Collective("the largest logit, and before filtering", "all_reduce", 2 * 4 * images),
+            Collective("sum of exponentials, and how many are better", "all_reduce", 2 * 4 * images),
+            Collective("gradient of the embeddings", scatter, rows),
+        )
 
     @property
     def network_traffic(self) -> float:
@@ -220,8 +224,14 @@ class HeadPlan:
 
     def seconds(self, rates: Rates = Rates()) -> float:
         """The floor of a step of the head."""
-        return max(self.operations / rates.operations, self.device_traffic / rates.memory,
-                   self.host_traffic / rates.host_link) + self.network_traffic / rates.network
+        return (
+            max(
+                self.operations / rates.operations,
+                self.device_traffic / rates.memory,
+                self.host_traffic / rates.host_link,
+            )
+            + self.network_traffic / rates.network
+        )
 
     def fits(self, device_memory: float, host_memory: float) -> bool:
         """On a cpu both are the same memory."""
@@ -258,7 +268,8 @@ def table(plan: HeadPlan, device_memory: float, host_memory: float, rates: Rates
             f"{name:<20}{one._weight_row + one._momentum_row:>8}{one.device_state / GIB:>11.2f}"
             f"{one.device_step / GIB:>10.2f}{one.host_state / GIB:>10.2f}{'yes' if fits else 'no':>6}"
             f"{one.most_classes(device_memory, host_memory):>18,}{one.device_traffic / 1e9:>16.2f}"
-            f"{one.host_traffic / 1e9:>14.2f}{1e3 * one.seconds(rates):>10.2f}")
+            f"{one.host_traffic / 1e9:>14.2f}{1e3 * one.seconds(rates):>10.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -269,13 +280,15 @@ def check(plan: HeadPlan, device_memory: float, host_memory: float) -> None:
     logger.error("%s", table(plan, device_memory, host_memory))
     fitting = [form for form in FORMS.values() if replace(plan, form=form).fits(device_memory, host_memory)]
     cure = f"{fitting[0].options} would fit" if fitting else "use more ranks, or a smaller sample_rate"
-    raise ModelError(f"{plan.classes:,} class centers need {plan.device_bytes / GIB:.1f} GiB on the device "
-                     f"({device_memory / GIB:.1f} are there for them) and {plan.host_state / GIB:.1f} GiB on the host "
-                     f"({host_memory / GIB:.1f} are there): {cure}; python -m model.plan shows every choice")
+    raise ModelError(
+        f"{plan.classes:,} class centers need {plan.device_bytes / GIB:.1f} GiB on the device "
+        f"({device_memory / GIB:.1f} are there for them) and {plan.host_state / GIB:.1f} GiB on the host "
+        f"({host_memory / GIB:.1f} are there): {cure}; python -m model.plan shows every choice"
+    )
 
 
 def parse_size(text: str) -> int:
-    """"139GiB", "80G", "512 MB" or a number of bytes -> bytes. Raises ModelError."""
+    """ "139GiB", "80G", "512 MB" or a number of bytes -> bytes. Raises ModelError."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     try:
         number = float(match.group(1))
@@ -306,8 +319,14 @@ def main(argv=None) -> None:
         raise ModelError(f"--classes {options.classes:g}: must be at least 2 and one a rank, and below 2^40")
     if not 0 < options.sample_rate <= 1:
         raise ModelError(f"--sample_rate {options.sample_rate:g}: must be above 0 and at most 1")
-    plan = HeadPlan(int(options.classes), options.embedding_size, options.world_size, options.batch_size,
-                    options.sample_rate, update=options.update)
+    plan = HeadPlan(
+        int(options.classes),
+        options.embedding_size,
+        options.world_size,
+        options.batch_size,
+        options.sample_rate,
+        update=options.update,
+    )
     rates = Rates(**{name: getattr(options, f"{name}_rate") for name in vars(Rates())})
     device_memory = parse_size(options.device_memory) - parse_size(options.reserve)
     sys.stdout.write(table(plan, device_memory, parse_size(options.host_memory), rates) + "\n")

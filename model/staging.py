@@ -63,8 +63,13 @@ class HostTable:
             index_R = None if index_R is None else index_R.cpu()
             moved = {}
             for name, data in self.table.tensors().items():
-                rows = data if index_R is None else torch.index_select(
-                    data, 0, index_R, out=self._pinned((index_R.shape[0], data.shape[1]), data.dtype))
+                rows = (
+                    data
+                    if index_R is None
+                    else torch.index_select(
+                        data, 0, index_R, out=self._pinned((index_R.shape[0], data.shape[1]), data.dtype)
+                    )
+                )
                 moved[name] = rows.to(self.device, non_blocking=True) if self._api else rows.clone()
             return index_R, moved, self._stream.record_event() if self._api else None
 

@@ -110,12 +110,16 @@ class Device:
             if isinstance(error, DeviceError) or re.search(r"nccl|hccl|gloo", said, re.IGNORECASE):
                 raise
             if re.search(r"out of memory|not enough memory|can't allocate memory", said):
-                raise DeviceError(f"{self} is out of memory ({_first_line(error)}): lower --batch_size, or split it "
-                                  "with --accumulate; `python -m model.plan` says what the classes take") from error
+                raise DeviceError(
+                    f"{self} is out of memory ({_first_line(error)}): lower --batch_size, or split it "
+                    "with --accumulate; `python -m model.plan` says what the classes take"
+                ) from error
             if not re.search(self._kind.driver_errors, said):
                 raise
-            raise DeviceError(f"{self} failed while it computed ({_first_line(error)}): see whether {self._kind.tool} "
-                              "still lists it, and go on with --resume or on another --device_id") from error
+            raise DeviceError(
+                f"{self} failed while it computed ({_first_line(error)}): see whether {self._kind.tool} "
+                "still lists it, and go on with --resume or on another --device_id"
+            ) from error
 
     def seed(self, seed: int) -> None:
         """Seed Python's, NumPy's, torch's and the device's generators."""
@@ -185,8 +189,10 @@ class Device:
         if not enabled and self.kind == "cpu":
             return nullcontext()
         if self.kind == "cpu" or (enabled and dtype != torch.float16):
-            raise DeviceError(f"autocast to {_name(dtype)} on {self.kind} needs torch 1.10 and this is "
-                              f"{torch.__version__}: use O0, or install a newer torch")
+            raise DeviceError(
+                f"autocast to {_name(dtype)} on {self.kind} needs torch 1.10 and this is "
+                f"{torch.__version__}: use O0, or install a newer torch"
+            )
         return self._kind.api.amp.autocast(enabled=enabled)
 
     def grad_scaler_class(self):
@@ -258,7 +264,7 @@ class Device:
 
 
 def parse_device(text: str = "auto", index: int | None = None) -> Device:
-    """"npu:3", "cuda", "gpu" (cuda), "cpu", "auto" (npu, else cuda, else cpu) -> a Device that is there.
+    """ "npu:3", "cuda", "gpu" (cuda), "cpu", "auto" (npu, else cuda, else cpu) -> a Device that is there.
 
     index: which one, where the text does not say. Raises DeviceError that names the choices, or the reason why the
     device is unavailable and the cure.
@@ -278,8 +284,10 @@ def parse_device(text: str = "auto", index: int | None = None) -> Device:
         return Device("cpu")
     index, count = index or 0, device_count(kind)
     if not 0 <= index < count:
-        raise DeviceError(f"{kind}:{index} does not exist: this process sees {count} {kind} "
-                          f"device{'s' * (count > 1)}, numbered from 0")
+        raise DeviceError(
+            f"{kind}:{index} does not exist: this process sees {count} {kind} "
+            f"device{'s' * (count > 1)}, numbered from 0"
+        )
     return Device(kind, index)
 
 
@@ -474,8 +482,10 @@ class _Npu(_Accelerator):
         if reason:
             return reason
         if not torch.npu.is_available() or torch.npu.device_count() == 0:
-            return ("torch_npu is installed but sees no device; check `npu-smi info`, ASCEND_RT_VISIBLE_DEVICES, "
-                    "and that this user belongs to the driver's group (HwHiAiUser)")
+            return (
+                "torch_npu is installed but sees no device; check `npu-smi info`, ASCEND_RT_VISIBLE_DEVICES, "
+                "and that this user belongs to the driver's group (HwHiAiUser)"
+            )
         return None
 
     def supports(self, dtype, index):
@@ -511,8 +521,10 @@ def _load_torch_npu() -> str | None:
     try:
         importlib.import_module("torch_npu")
     except Exception as error:  # ImportError of CANN's libraries, RuntimeError beside another accelerator, and more
-        return (f"torch_npu is installed but does not load ({_first_line(error)}); install CANN and "
-                "`source test/env_npu.sh` before the command")
+        return (
+            f"torch_npu is installed but does not load ({_first_line(error)}); install CANN and "
+            "`source test/env_npu.sh` before the command"
+        )
     return None if hasattr(torch, "npu") else "torch_npu loads but brings no torch.npu; install the one for this torch"
 
 
@@ -578,8 +590,11 @@ def _missing_for_compiling(device: Device) -> str | None:
         return "there is no C++ compiler (g++, clang++ or $CXX); install one"
     if device.kind == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install triton"
-    if device.kind == "npu" and importlib.util.find_spec("torchair") is None \
-            and importlib.util.find_spec("torch_npu._inductor") is None:
+    if (
+        device.kind == "npu"
+        and importlib.util.find_spec("torchair") is None
+        and importlib.util.find_spec("torch_npu._inductor") is None
+    ):
         return "this torch_npu has no graph compiler; install a newer torch_npu"
     return None
 
@@ -629,8 +644,10 @@ def _machine_memory_left() -> int:
             left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for folder, limit, used in (("/sys/fs/cgroup", "memory.max", "memory.current"),
-                                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
         try:
             with open(f"{folder}/{limit}") as most, open(f"{folder}/{used}") as now:
                 room = int(most.read()) - int(now.read())
@@ -675,8 +692,10 @@ def check_ranks(device: Device, ranks: int) -> None:
     have = device_count(device.kind) - device.index
     if device.kind != "cpu" and ranks > have:
         after = f" from {device} on" if device.index else ""
-        raise DeviceError(f"{ranks} ranks on this machine, but {have} {device.kind} device{'s' * (have != 1)}{after}: "
-                          f"start with RANK_SIZE={have}, or with --device_type=cpu")
+        raise DeviceError(
+            f"{ranks} ranks on this machine, but {have} {device.kind} device{'s' * (have != 1)}{after}: "
+            f"start with RANK_SIZE={have}, or with --device_type=cpu"
+        )
 
 
 def main() -> None:
@@ -705,8 +724,10 @@ def _summary(kind: str) -> str:
     facts = device.describe()
     versions = ", ".join(f"{name} {facts[name]}" for name in ("cuda", "cudnn", "torch_npu", "cann") if facts.get(name))
     dtypes = ", ".join(_name(t) for t in (torch.float16, torch.bfloat16) if device.supports(t)) or "neither"
-    return (f"{facts['count']} x {facts['name']}, {facts['memory'] / 2**30:.0f} GiB"
-            f"{', ' + versions if versions else ''}; half precision: {dtypes}; ranks talk over {device.backend}")
+    return (
+        f"{facts['count']} x {facts['name']}, {facts['memory'] / 2**30:.0f} GiB"
+        f"{', ' + versions if versions else ''}; half precision: {dtypes}; ranks talk over {device.backend}"
+    )
 
 
 if __name__ == "__main__":

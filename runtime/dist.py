@@ -176,8 +176,10 @@ def open_world(device: Device, timeout_s: float = 600, backend: str = "auto") ->
         # nccl and hccl connect at the first collective: what they have to complain of belongs here.
         world.all_reduce_(torch.ones(1, device=device.torch))
     except (RuntimeError, ValueError) as error:
-        raise RankError(f"rank {env['rank']} found no world of {env['size']} ranks within {timeout_s:g} s "
-                        f"({error}): are all ranks started, and MASTER_ADDR and MASTER_PORT the same?") from error
+        raise RankError(
+            f"rank {env['rank']} found no world of {env['size']} ranks within {timeout_s:g} s "
+            f"({error}): are all ranks started, and MASTER_ADDR and MASTER_PORT the same?"
+        ) from error
     roll = _Roll(store, rank, size)
     finished = False
     try:

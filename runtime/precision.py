@@ -99,7 +99,7 @@ class LossScaling:
 
 
 def parse_loss_scale(text: str | float, **six) -> LossScaling:
-    """"128.0" -> that scale for good; "dynamic" -> dynamic scaling with PLSC's parameters `six` (LossScaling's fields).
+    """A fixed scale ("128.0"), or "dynamic": dynamic scaling with PLSC's parameters `six` (LossScaling's fields).
 
     Raises PrecisionError in one line for anything else: 0, a negative number, a word.
     """
@@ -389,9 +389,7 @@ def _cast_weights_(model: nn.Module, dtype: torch.dtype, with_masters: bool) -> 
     return masters
 
 
-def unscale_and_check_(
-    grads: Sequence[torch.Tensor], inv_scale: torch.Tensor, saturates: bool = False
-) -> torch.Tensor:
+def unscale_and_check_(grads: Sequence[torch.Tensor], inv_scale: torch.Tensor, saturates: bool = False) -> torch.Tensor:
     """grads *= inv_scale in place; 0-dim fp32: 1.0 if any of them was inf or nan, else 0.0. inv_scale: 0-dim fp32.
 
     saturates: a gradient of LARGEST_FP16 or more, before it is unscaled, counts as an overflow too.

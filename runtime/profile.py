@@ -1,4 +1,5 @@
 """A trace of a few training steps, and the ten dearest operations in it."""
+
 from __future__ import annotations
 
 import logging
@@ -58,5 +59,5 @@ def _table(averages, kind: str) -> str:
     """The ten operations with most time of their own, on the device where there is one."""
     averages[:] = [one for one in averages if not one.key.startswith("ProfilerStep")]  # a mark, not an operation
     columns = ["self_device_time_total", f"self_{kind}_time_total", "self_cpu_time_total"]
-    by = next(c for c in columns[2 * (kind == "cpu"):] if hasattr(averages[0], c))  # torch renamed the device's in 2.4
+    by = next(c for c in columns[2 * (kind == "cpu") :] if hasattr(averages[0], c))  # torch renamed the device's in 2.4
     return averages.table(sort_by=by, row_limit=10)

@@ -6,6 +6,7 @@ Each round resumes the run, waits for a random moment (every other time, one whi
 sends SIGKILL to all its ranks. Afterwards the newest checkpoint must be whole, not older than the last that the run
 reported, and the loss of every step must be the same in every round that computed it. The trained set is synthetic.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,9 +25,20 @@ from checkpoint import CheckpointError, sharded, store
 from runtime.log import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = ["train.py", "--net_mode=mobilefacenet", "--device_type=cpu", "--batch_size=8", "--num_workers=0",
-         "--epochs=1000", "--with_test=false", "--tensorboard=false", "--log_every=1", "--save_every=2", "--keep=2",
-         "--sample_rate=0.5"]
+TRAIN = [
+    "train.py",
+    "--net_mode=mobilefacenet",
+    "--device_type=cpu",
+    "--batch_size=8",
+    "--num_workers=0",
+    "--epochs=1000",
+    "--with_test=false",
+    "--tensorboard=false",
+    "--log_every=1",
+    "--save_every=2",
+    "--keep=2",
+    "--sample_rate=0.5",
+]
 
 
 def main(arguments=None) -> None:
@@ -34,25 +46,49 @@ def main(arguments=None) -> None:
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        subprocess.run([sys.executable, "-m", "data.synthetic", f"--output={work / 'set'}", "--identities=8",
-                        "--images_per_identity=10", "--verify_identities=10", "--verify_images=2", "--pairs=20"],
-                       cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "data.synthetic",
+                f"--output={work / 'set'}",
+                "--identities=8",
+                "--images_per_identity=10",
+                "--verify_identities=10",
+                "--verify_images=2",
+                "--pairs=20",
+            ],
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         saved = while_saving = 0
         for number in range(1, options.rounds + 1):
             resumed, saved, caught = _round(work, options, chance, saved, aim_at_saving=number % 2 == 0)
             while_saving += caught
-            print(f"round {number}: resumed at step {resumed}, killed {'while saving' if caught else 'in between'}, "
-                  f"step {saved} is whole", flush=True)
+            print(
+                f"round {number}: resumed at step {resumed}, killed {'while saving' if caught else 'in between'}, "
+                f"step {saved} is whole",
+                flush=True,
+            )
         steps = _check_losses(work / "run" / "log" / "metrics.jsonl")
-    print(f"{options.rounds} kills on {options.ranks} rank(s), {while_saving} of them while saving: always resumed "
-          f"from a whole checkpoint; {steps} steps, each with the same loss whenever it was computed")
+    print(
+        f"{options.rounds} kills on {options.ranks} rank(s), {while_saving} of them while saving: always resumed "
+        f"from a whole checkpoint; {steps} steps, each with the same loss whenever it was computed"
+    )
 
 
 def _round(work: Path, options, chance, saved: int, aim_at_saving: bool) -> tuple:
     """(step resumed at, step of the newest whole checkpoint, whether the kill fell into a save)."""
     run, folder = work / "run", work / "run" / ("sharded" if options.checkpoint == "sharded" else "models")
-    command = [sys.executable, *TRAIN, f"--data_path={work / 'set'}", f"--work_path={run}",
-               f"--checkpoint={options.checkpoint}", *(["--resume=auto"] if saved else [])]
+    command = [
+        sys.executable,
+        *TRAIN,
+        f"--data_path={work / 'set'}",
+        f"--work_path={run}",
+        f"--checkpoint={options.checkpoint}",
+        *(["--resume=auto"] if saved else []),
+    ]
     left_over = _half_written(folder)
     output = work / f"output_{len(list(work.glob('output_*')))}.txt"
     ranks = _start(command, options.ranks, output)
@@ -102,8 +138,13 @@ def _start(command: list, ranks: int, output: Path) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-              "OMP_NUM_THREADS": 1}
+    shared = {
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
     started = []
     with open(output, "w") as file:
         for rank in range(ranks):
@@ -137,8 +178,9 @@ def _check_losses(path: Path) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scripts.kill_rounds", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.kill_rounds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--checkpoint", choices=("sharded", "pth"), default="sharded")

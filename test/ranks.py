@@ -35,8 +35,15 @@ def run_ranks(fn, size, *args, timeout=120, dist_timeout=60) -> list:
     ranks, pipes = [], []
     for rank in range(size):
         ours, theirs = _CONTEXT.Pipe(duplex=False)
-        env = {**os.environ, "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size,
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {
+            **os.environ,
+            "RANK": rank,
+            "WORLD_SIZE": size,
+            "LOCAL_RANK": rank,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         process = _CONTEXT.Process(target=_rank, args=(theirs, job, env, dist_timeout), daemon=True)
         process.start()
         theirs.close()

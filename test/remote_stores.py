@@ -1,4 +1,5 @@
 """Small servers on loopback that speak WebHDFS and S3 as far as fsspec's clients do, and can be made to misbehave."""
+
 from __future__ import annotations
 
 import base64
@@ -184,7 +185,9 @@ class S3(_Handler):
         if path not in self.disk.files:
             return self.answer(404)
         return self.answer(
-            200, Content_Length=str(len(self.disk.files[path])), ETag='"x"',
+            200,
+            Content_Length=str(len(self.disk.files[path])),
+            ETag='"x"',
             Last_Modified="Thu, 01 Jan 2026 00:00:00 GMT",
         )
 

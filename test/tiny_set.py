@@ -1,4 +1,5 @@
 """A training set of a few coloured squares in InsightFace's layout, small enough to train on in seconds."""
+
 from __future__ import annotations
 
 import io

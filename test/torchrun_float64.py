@@ -1,4 +1,5 @@
 """What the ranks of test_torchrun.py run: `python torchrun_float64.py FILE` trains in float64, rank 0 writes losses."""
+
 from __future__ import annotations
 
 import json

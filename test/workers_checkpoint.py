@@ -1,4 +1,5 @@
 """What spawned ranks and killed processes of the checkpoint tests run."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -85,6 +86,7 @@ def load_errors(world, path, cases: list) -> list:
 
 def save_with_a_full_disk_on_rank_1(world, folder) -> tuple:
     """(the error that this rank sees, what the folder holds afterwards)."""
+
     def append(self, row, rows, data):
         raise OSError(28, "No space left on device")
 

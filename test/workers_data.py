@@ -1,4 +1,5 @@
 """What the tests of `data` need beside tiny_set: odd images, hostile files, and functions for other processes."""
+
 from __future__ import annotations
 
 import hashlib
@@ -27,7 +28,7 @@ def picture(seed: int, size: int = 112) -> np.ndarray:
 def with_claimed_size(jpeg: bytes, width: int, height: int) -> bytes:
     """The same JPEG, its frame header claiming other dimensions."""
     at = jpeg.index(b"\xff\xc0")
-    return jpeg[:at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9:]
+    return jpeg[: at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9 :]
 
 
 def write_records(folder, payloads, keys=None):

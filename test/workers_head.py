@@ -40,9 +40,16 @@ def train(world, steps=4, num_classes=23, size=12, dim=5, accumulate=1, labels=N
         optimizer.step()
         head.step(0.1)
     state = head.gathered_training_state(max_bytes=200)
-    return {"history": history, "net": net.weight.detach().clone(), "kernel": head.gathered_kernel(max_bytes=200),
-            "momentum": state["momentum"], "bias": state["bias"], "norms": state["norms"],
-            "weight": head.centers.weight.clone(), "rows": (head.centers.shard.start, head.centers.shard.stop)}
+    return {
+        "history": history,
+        "net": net.weight.detach().clone(),
+        "kernel": head.gathered_kernel(max_bytes=200),
+        "momentum": state["momentum"],
+        "bias": state["bias"],
+        "norms": state["norms"],
+        "weight": head.centers.weight.clone(),
+        "rows": (head.centers.shard.start, head.centers.shard.stop),
+    }
 
 
 def draws(world):

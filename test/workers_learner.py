@@ -1,4 +1,5 @@
 """What the ranks of test_learner_ranks.py run."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """A net that compiles in seconds, of the backbones' own pieces, and a run with it for spawned ranks."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """What the ranks do in the tests of verify/."""
+
 from __future__ import annotations
 
 import numpy as np

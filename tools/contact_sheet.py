@@ -1,4 +1,5 @@
 """A page of a data set's images: `python -m tools.contact_sheet --data_path=FOLDER --output=sheet.png`."""
+
 from __future__ import annotations
 
 import argparse

@@ -68,8 +68,10 @@ def unpack_pairs(bin_path: Path, folder: Path) -> bool:
     try:
         import bcolz
     except ImportError:
-        raise DataError(f"{bin_path}: writing bcolz arrays needs the package bcolz-zipline: pip install it, or leave "
-                        "the .bin as it is (verification reads it)") from None
+        raise DataError(
+            f"{bin_path}: writing bcolz arrays needs the package bcolz-zipline: pip install it, or leave "
+            "the .bin as it is (verification reads it)"
+        ) from None
     images, issame = load_pairs(bin_path)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -104,8 +106,10 @@ def prepare(rec_path: Path, output: Optional[Path] = None) -> list[str]:
                 made = unpack_pairs(rec_path / f"{name}.bin", output / name)
                 done.append(f"{name}: {'written' if made else 'already there'}")
     except OSError as error:
-        raise DataError(f"{output}: cannot be written ({error.strerror}): free some space and run this again, it "
-                        "continues where it stopped") from None
+        raise DataError(
+            f"{output}: cannot be written ({error.strerror}): free some space and run this again, it "
+            "continues where it stopped"
+        ) from None
     if not done:
         raise DataError(f"{rec_path}: holds neither train.rec nor a verification .bin")
     return done

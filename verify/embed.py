@@ -2,6 +2,7 @@
 
 Shapes: N images, D embedding size, B images of a batch.
 """
+
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext

@@ -2,6 +2,7 @@
 
 Shapes: B new faces, M people, D embedding size.
 """
+
 from __future__ import annotations
 
 import os

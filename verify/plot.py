@@ -1,4 +1,5 @@
 """The ROC plot, for tensorboard, the evaluation's folder and the report page."""
+
 from __future__ import annotations
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d")

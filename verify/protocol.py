@@ -12,6 +12,7 @@ its PyTorch port), so numbers compare with theirs:
 
 Shapes: N pairs, D embedding size, F folds, T thresholds, K = 2 kinds of pair (different, same).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

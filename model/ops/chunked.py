@@ -68,8 +68,10 @@ class MarginLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_B, _top1, _top5):
         if ctx.walk.rows.version != ctx.version:
-            raise ModelError("the class centers were updated between this forward and its backward: call backward "
-                             "before step(), and do not accumulate gradients with the update inside backward")
+            raise ModelError(
+                "the class centers were updated between this forward and its backward: call backward "
+                "before step(), and do not accumulate gradients with the update inside backward"
+            )
         with torch.no_grad(), full_precision(grad_B.device):
             return ctx.walk.backward(grad_B), None, None, None, None, None
 

@@ -54,12 +54,25 @@ class _TritonWalk(Walk):
     def _arguments(self):
         """What both walks' kernels take in the same way."""
         weight, index_R = self.rows.centers.weight, self.rows.index_R
-        tensors = (self.left_BD, self.left_scale_B, weight, self.column_B if index_R is None else index_R,
-                   self.left_scale_B if self.inv_norm_R is None else self.inv_norm_R, self.column_B)
+        tensors = (
+            self.left_BD,
+            self.left_scale_B,
+            weight,
+            self.column_B if index_R is None else index_R,
+            self.left_scale_B if self.inv_norm_R is None else self.inv_norm_R,
+            self.column_B,
+        )
         exact = self.operand != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
-        flags = dict(GATHER=index_R is not None, NORMALISE=self.spec.normalise, FILTER=bool(self.spec.filter_above),
-                     WIDEN=interpreted() and self.operand == torch.bfloat16, PRECISION="ieee" if exact else "tf32",
-                     BLOCK_B=BLOCK_B, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D)
+        flags = dict(
+            GATHER=index_R is not None,
+            NORMALISE=self.spec.normalise,
+            FILTER=bool(self.spec.filter_above),
+            WIDEN=interpreted() and self.operand == torch.bfloat16,
+            PRECISION="ieee" if exact else "tf32",
+            BLOCK_B=BLOCK_B,
+            BLOCK_K=BLOCK_K,
+            BLOCK_D=BLOCK_D,
+        )
         return tensors, flags
 
     def scan(self, plain_B):
@@ -70,8 +83,20 @@ class _TritonWalk(Walk):
         top, total, best, better = (plain_B.new_zeros(programs, batch) for _ in range(4))
         tensors, flags = self._arguments()
         scan_kernel[(-(-batch // BLOCK_B), programs)](
-            *tensors, plain_B.contiguous(), top, total, best, better, batch, self.rows.count, dim,
-            self.spec.s * self.spec.filter_above, SCAN_TILES, TOP5=self.spec.top5, **flags)
+            *tensors,
+            plain_B.contiguous(),
+            top,
+            total,
+            best,
+            better,
+            batch,
+            self.rows.count,
+            dim,
+            self.spec.s * self.spec.filter_above,
+            SCAN_TILES,
+            TOP5=self.spec.top5,
+            **flags,
+        )
         top_B = top.amax(0)
         return top_B, (total * (top - top_B).exp()).sum(0), best.amax(0), better.sum(0)
 
@@ -84,8 +109,20 @@ class _TritonWalk(Walk):
         along = buffers[0].new_empty(tiles, count)
         tensors, flags = self._arguments()
         probability_kernel[(tiles, -(-count // BLOCK_K))](
-            *tensors, shift_B.contiguous(), minus_B.contiguous(), grad_B.contiguous(), p_BK, along, start, batch, count,
-            dim, self.spec.s * self.spec.filter_above, DIVIDE=self.spec.normalise and not self.low, **flags)
+            *tensors,
+            shift_B.contiguous(),
+            minus_B.contiguous(),
+            grad_B.contiguous(),
+            p_BK,
+            along,
+            start,
+            batch,
+            count,
+            dim,
+            self.spec.s * self.spec.filter_above,
+            DIVIDE=self.spec.normalise and not self.low,
+            **flags,
+        )
         return self._right(start, stop), p_BK, along.sum(0) if self.spec.normalise else None
 
     def _right(self, start, stop):
@@ -99,8 +136,18 @@ class _TritonWalk(Walk):
         _, _, weight, index, inverse, _ = tensors
         right_KD = self.unit_BD.new_empty(count, dim, dtype=self.operand)
         unit_rows_kernel[(-(-count // BLOCK_K), -(-dim // BLOCK_D))](
-            weight, index, inverse, right_KD, start, count, dim, GATHER=flags["GATHER"],
-            NORMALISE=self.spec.normalise and self.low, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D)
+            weight,
+            index,
+            inverse,
+            right_KD,
+            start,
+            count,
+            dim,
+            GATHER=flags["GATHER"],
+            NORMALISE=self.spec.normalise and self.low,
+            BLOCK_K=BLOCK_K,
+            BLOCK_D=BLOCK_D,
+        )
         return right_KD
 
     def _buffer(self):
@@ -125,16 +172,37 @@ def update_rows(grad_KW, table, where, velocity, place, scale_K, along_K, update
 
     rows_per_program = 32
     update_kernel[(-(-count // rows_per_program), -(-width // BLOCK))](
-        grad_KW, table.data, *place_of(where), pointer(velocity and velocity.data), *place_of(place),
-        pointer(velocity.scale if of_bytes else None), pointer(scale_K), pointer(along_K),
-        pointer(inv_scale, grad_KW.dtype), pointer(keep, torch.int32), float(update.lr), float(update.momentum),
-        float(update.weight_decay), first_row, mix(update.noise_key), mix(update.noise_key ^ VELOCITY_NOISE), count,
-        width, velocity.scale.shape[1] if of_bytes else 0, WEIGHT_GATHER=not isinstance(where, slice),
-        VELOCITY=0 if velocity is None else 2 if of_bytes else 1, VELOCITY_GATHER=not isinstance(place, slice),
-        SCALE=scale_K is not None, ALONG=along_K is not None, INV_SCALE=inv_scale is not None, KEEP=keep is not None,
+        grad_KW,
+        table.data,
+        *place_of(where),
+        pointer(velocity and velocity.data),
+        *place_of(place),
+        pointer(velocity.scale if of_bytes else None),
+        pointer(scale_K),
+        pointer(along_K),
+        pointer(inv_scale, grad_KW.dtype),
+        pointer(keep, torch.int32),
+        float(update.lr),
+        float(update.momentum),
+        float(update.weight_decay),
+        first_row,
+        mix(update.noise_key),
+        mix(update.noise_key ^ VELOCITY_NOISE),
+        count,
+        width,
+        velocity.scale.shape[1] if of_bytes else 0,
+        WEIGHT_GATHER=not isinstance(where, slice),
+        VELOCITY=0 if velocity is None else 2 if of_bytes else 1,
+        VELOCITY_GATHER=not isinstance(place, slice),
+        SCALE=scale_K is not None,
+        ALONG=along_K is not None,
+        INV_SCALE=inv_scale is not None,
+        KEEP=keep is not None,
         WEIGHT_DROPPED=DROPPED_BITS.get(table.data.dtype, 0),
         VELOCITY_DROPPED=0 if velocity is None else DROPPED_BITS.get(velocity.data.dtype, 0),
-        BLOCK_K=rows_per_program, BLOCK_D=BLOCK)
+        BLOCK_K=rows_per_program,
+        BLOCK_D=BLOCK,
+    )
     torch.autograd.graph.increment_version(table.data)  # torch does not see what a kernel writes
 
 

@@ -10,9 +10,23 @@ import triton.language as tl
 
 
 @triton.jit
-def _logits(left, weight, index, row_K, in_rows_K, b_B, in_batch_B, D, GATHER: tl.constexpr, NORMALISE: tl.constexpr,
-            WIDEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-            BLOCK_D: tl.constexpr):
+def _logits(
+    left,
+    weight,
+    index,
+    row_K,
+    in_rows_K,
+    b_B,
+    in_batch_B,
+    D,
+    GATHER: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """A tile of left @ weight.T [BLOCK_B, BLOCK_K] in float32, and the rows' inverse norms (1 without NORMALISE)."""
     operand = left.dtype.element_ty
     stored_K = row_K.to(tl.int64)
@@ -23,8 +37,9 @@ def _logits(left, weight, index, row_K, in_rows_K, b_B, in_batch_B, D, GATHER: t
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         left_BD = tl.load(left + b_B[:, None] * D + d[None, :], mask=in_batch_B[:, None] & (d < D)[None, :], other=0.0)
-        weight_KD = tl.load(weight + stored_K[:, None] * D + d[None, :],
-                            mask=in_rows_K[:, None] & (d < D)[None, :], other=0.0)
+        weight_KD = tl.load(
+            weight + stored_K[:, None] * D + d[None, :], mask=in_rows_K[:, None] & (d < D)[None, :], other=0.0
+        )
         weight_KD = weight_KD.to(operand)
         if WIDEN:  # the interpreter multiplies bfloat16's bits as integers
             left_BD, weight_KD = left_BD.to(tl.float32), weight_KD.to(tl.float32)
@@ -40,10 +55,33 @@ def _logits(left, weight, index, row_K, in_rows_K, b_B, in_batch_B, D, GATHER: t
 
 
 @triton.jit
-def scan_kernel(left, left_scale, weight, index, inverse, column, plain, top, total, best, better, B, K, D,
-                filter_above, TILES, GATHER: tl.constexpr, NORMALISE: tl.constexpr, FILTER: tl.constexpr,
-                TOP5: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
-                BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def scan_kernel(
+    left,
+    left_scale,
+    weight,
+    index,
+    inverse,
+    column,
+    plain,
+    top,
+    total,
+    best,
+    better,
+    B,
+    K,
+    D,
+    filter_above,
+    TILES,
+    GATHER: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    FILTER: tl.constexpr,
+    TOP5: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One tile of the batch over TILES tiles of rows, with a running maximum: top, total, best, better are
     [programs, B]."""
     b_B = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -59,8 +97,23 @@ def scan_kernel(left, left_scale, weight, index, inverse, column, plain, top, to
     for tile in range(0, TILES):
         row_K = (tl.program_id(1) * TILES + tile) * BLOCK_K + tl.arange(0, BLOCK_K)
         in_rows_K = row_K < K
-        z_BK, inverse_K = _logits(left, weight, index, row_K, in_rows_K, b_B, in_batch_B, D, GATHER, NORMALISE, WIDEN,
-                                  PRECISION, BLOCK_B, BLOCK_K, BLOCK_D)
+        z_BK, inverse_K = _logits(
+            left,
+            weight,
+            index,
+            row_K,
+            in_rows_K,
+            b_B,
+            in_batch_B,
+            D,
+            GATHER,
+            NORMALISE,
+            WIDEN,
+            PRECISION,
+            BLOCK_B,
+            BLOCK_K,
+            BLOCK_D,
+        )
         if NORMALISE:
             if tl.program_id(0) == 0:
                 tl.store(inverse + row_K, inverse_K, mask=in_rows_K)
@@ -86,10 +139,33 @@ def scan_kernel(left, left_scale, weight, index, inverse, column, plain, top, to
 
 
 @triton.jit
-def probability_kernel(left, left_scale, weight, index, inverse, column, shift, minus, grad, p, along, first, B, K, D,
-                       filter_above, GATHER: tl.constexpr, NORMALISE: tl.constexpr, FILTER: tl.constexpr,
-                       DIVIDE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
-                       BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def probability_kernel(
+    left,
+    left_scale,
+    weight,
+    index,
+    inverse,
+    column,
+    shift,
+    minus,
+    grad,
+    p,
+    along,
+    first,
+    B,
+    K,
+    D,
+    filter_above,
+    GATHER: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    FILTER: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One tile of exp(logit - shift) of rows first..first + K, [B, K], in p's dtype, and its part of Σ g logit p,
     [batch tiles, K]. DIVIDE: by the rows' lengths."""
     b_B = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -103,8 +179,23 @@ def probability_kernel(left, left_scale, weight, index, inverse, column, shift, 
     minus_B = tl.load(minus + b_B, mask=in_batch_B, other=0.0)
     grad_B = tl.load(grad + b_B, mask=in_batch_B, other=0.0)
     # the norms of forward, so that both walks have the same logits
-    z_BK, _ = _logits(left, weight, index, row_K, in_rows_K, b_B, in_batch_B, D, GATHER, False, WIDEN, PRECISION,
-                      BLOCK_B, BLOCK_K, BLOCK_D)
+    z_BK, _ = _logits(
+        left,
+        weight,
+        index,
+        row_K,
+        in_rows_K,
+        b_B,
+        in_batch_B,
+        D,
+        GATHER,
+        False,
+        WIDEN,
+        PRECISION,
+        BLOCK_B,
+        BLOCK_K,
+        BLOCK_D,
+    )
     inverse_K = tl.full((BLOCK_K,), 1.0, dtype=tl.float32)
     if NORMALISE:
         inverse_K = tl.load(inverse + row_K, mask=in_rows_K, other=0.0)
@@ -123,8 +214,19 @@ def probability_kernel(left, left_scale, weight, index, inverse, column, shift, 
 
 
 @triton.jit
-def unit_rows_kernel(weight, index, inverse, unit, first, K, D, GATHER: tl.constexpr, NORMALISE: tl.constexpr,
-                     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def unit_rows_kernel(
+    weight,
+    index,
+    inverse,
+    unit,
+    first,
+    K,
+    D,
+    GATHER: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Rows first..first + K divided by their lengths, [K, D], in unit's dtype."""
     k_K = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_rows_K = k_K < K
@@ -137,8 +239,11 @@ def unit_rows_kernel(weight, index, inverse, unit, first, K, D, GATHER: tl.const
     if GATHER:
         stored_K = tl.load(index + stored_K, mask=in_rows_K, other=0)
     weight_KD = tl.load(weight + stored_K[:, None] * D + d[None, :], mask=mask_KD, other=0.0).to(tl.float32)
-    tl.store(unit + k_K.to(tl.int64)[:, None] * D + d[None, :],
-             (weight_KD * inverse_K[:, None]).to(unit.dtype.element_ty), mask=mask_KD)
+    tl.store(
+        unit + k_K.to(tl.int64)[:, None] * D + d[None, :],
+        (weight_KD * inverse_K[:, None]).to(unit.dtype.element_ty),
+        mask=mask_KD,
+    )
 
 
 @triton.jit
@@ -172,12 +277,40 @@ def _rounded(rows_KD, bits_KD, DROPPED: tl.constexpr):
 
 
 @triton.jit
-def update_kernel(grad, weight, weight_index, weight_first, velocity, velocity_index, velocity_first, velocity_scale,
-                  scale, along, inv_scale, keep, lr, momentum, weight_decay, first_number, weight_key, velocity_key, K,
-                  D, BLOCKS, WEIGHT_GATHER: tl.constexpr, VELOCITY: tl.constexpr, VELOCITY_GATHER: tl.constexpr,
-                  SCALE: tl.constexpr, ALONG: tl.constexpr, INV_SCALE: tl.constexpr, KEEP: tl.constexpr,
-                  WEIGHT_DROPPED: tl.constexpr, VELOCITY_DROPPED: tl.constexpr, BLOCK_K: tl.constexpr,
-                  BLOCK_D: tl.constexpr):
+def update_kernel(
+    grad,
+    weight,
+    weight_index,
+    weight_first,
+    velocity,
+    velocity_index,
+    velocity_first,
+    velocity_scale,
+    scale,
+    along,
+    inv_scale,
+    keep,
+    lr,
+    momentum,
+    weight_decay,
+    first_number,
+    weight_key,
+    velocity_key,
+    K,
+    D,
+    BLOCKS,
+    WEIGHT_GATHER: tl.constexpr,
+    VELOCITY: tl.constexpr,
+    VELOCITY_GATHER: tl.constexpr,
+    SCALE: tl.constexpr,
+    ALONG: tl.constexpr,
+    INV_SCALE: tl.constexpr,
+    KEEP: tl.constexpr,
+    WEIGHT_DROPPED: tl.constexpr,
+    VELOCITY_DROPPED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """SGD on K rows, in one pass over gradient, weight and momentum: what `centers.Rows.update` does in many.
 
     VELOCITY: 0 none, 1 floating, 2 int8 with a scale per BLOCK_D columns, of which a row has BLOCKS."""

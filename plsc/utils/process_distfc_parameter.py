@@ -5,6 +5,7 @@
 The options are PLSC's. The checkpoint's own index says what PLSC asked for or kept in meta.json, so --pretrain_nranks,
 --num_classes and --emb_dim are only compared with it. It streams: a table of any size passes 32 MiB at a time.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,8 +45,11 @@ def _compare(source, index, options) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m plsc.utils.process_distfc_parameter", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m plsc.utils.process_distfc_parameter",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--name_feature", default=ANY, help="cut only tables with this in their names (default: all)")
     parser.add_argument("--pretrain_nranks", type=int, default=-1, help="ranks that saved it (default: as it says)")
     parser.add_argument("--nranks", type=int, required=True, help="ranks to write it for")

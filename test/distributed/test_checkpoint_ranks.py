@@ -1,4 +1,5 @@
 """Sharded checkpoints: any number of ranks to any other, errors on all ranks alike, kills at any moment, memory."""
+
 from __future__ import annotations
 
 import multiprocessing

@@ -61,7 +61,7 @@ def test_ranks_that_wait_for_different_collectives_are_told_so():
 
 def test_data_parallel_gradients_are_those_of_one_rank_with_the_whole_batch():
     x_ND = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    (whole, _, plain), = run_ranks(workers.gradients, 1, x_ND)
+    ((whole, _, plain),) = run_ranks(workers.gradients, 1, x_ND)
     assert plain == "Net"
     parts = run_ranks(workers.gradients, 2, x_ND)
     for grads, _, wrapped in parts:
@@ -76,8 +76,13 @@ def test_one_rank_is_not_wrapped_and_its_world_does_nothing():
     net = workers.Net()
     assert wrap_data_parallel(net, ALONE) is net
     t = torch.ones(3, 2)
-    for same in (ALONE.all_reduce_(t), ALONE.all_gather(t), ALONE.gather_rows(t, [3]), ALONE.broadcast_(t),
-                 ALONE.reduce_scatter_rows(t)):
+    for same in (
+        ALONE.all_reduce_(t),
+        ALONE.all_gather(t),
+        ALONE.gather_rows(t, [3]),
+        ALONE.broadcast_(t),
+        ALONE.reduce_scatter_rows(t),
+    ):
         assert same is t
     assert ALONE.all_gather_object("x") == ["x"] and ALONE.barrier() is None and ALONE.is_main
     with pytest.raises(ValueError, match="choose from sum, max, min"):
@@ -86,12 +91,20 @@ def test_one_rank_is_not_wrapped_and_its_world_does_nothing():
         ALONE.gather_rows(t, [2])
 
 
-@pytest.mark.parametrize("kind, culprit, told, own", [
-    ("dies", 1, "rank 1 died or froze: see its log", "ended without an answer, exit code -9"),
-    ("stops", 2, "rank 2 stopped: ValueError: image 7 is damaged", "ValueError: image 7\nis damaged"),
-    # the ranks' store is in rank 0's process here, and what it left behind may be gone with it
-    ("stops", 0, "rank 0 (stopped: ValueError: image 7 is damaged|died, and with it the store)", "ValueError: image 7"),
-])
+@pytest.mark.parametrize(
+    "kind, culprit, told, own",
+    [
+        ("dies", 1, "rank 1 died or froze: see its log", "ended without an answer, exit code -9"),
+        ("stops", 2, "rank 2 stopped: ValueError: image 7 is damaged", "ValueError: image 7\nis damaged"),
+        # the ranks' store is in rank 0's process here, and what it left behind may be gone with it
+        (
+            "stops",
+            0,
+            "rank 0 (stopped: ValueError: image 7 is damaged|died, and with it the store)",
+            "ValueError: image 7",
+        ),
+    ],
+)
 def test_a_rank_that_dies_or_stops_is_named_by_the_others(kind, culprit, told, own):
     with pytest.raises(RuntimeError) as failed:
         run_ranks(workers.trouble, 3, kind, culprit, timeout=60, dist_timeout=30)
@@ -171,10 +184,13 @@ def test_the_place_of_a_rank_comes_from_torchrun(environment):
     assert world_env() == {"rank": 9, "size": 16, "local_rank": 1, "local_size": 8}
 
 
-@pytest.mark.parametrize("values, said", [
-    ({"RANK": "first", "WORLD_SIZE": 2}, "RANK='first' is not a number"),
-    ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 does not exist among WORLD_SIZE=2 ranks"),
-])
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"RANK": "first", "WORLD_SIZE": 2}, "RANK='first' is not a number"),
+        ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 does not exist among WORLD_SIZE=2 ranks"),
+    ],
+)
 def test_nonsense_from_the_environment_is_one_line(environment, values, said):
     environment(**values)
     with pytest.raises(DeviceError, match=said):
@@ -182,8 +198,12 @@ def test_nonsense_from_the_environment_is_one_line(environment, values, said):
 
 
 def test_only_collectives_that_lost_a_peer_count_as_such():
-    lost = ["[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1", "NCCL error: unhandled system",
-            "[Rank 0]: Rank 2 failed to pass monitoredBarrier in 4500 ms", "Timed out waiting 6000ms for recv"]
+    lost = [
+        "[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1",
+        "NCCL error: unhandled system",
+        "[Rank 0]: Rank 2 failed to pass monitoredBarrier in 4500 ms",
+        "Timed out waiting 6000ms for recv",
+    ]
     assert all(module._is_lost_peer(RuntimeError(text)) for text in lost)
     assert not module._is_lost_peer(RuntimeError("shape '[3]' is invalid for input of size 4"))
     assert not module._is_lost_peer(ValueError("gloo"))

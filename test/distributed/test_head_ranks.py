@@ -42,8 +42,12 @@ CASES = {
 }
 REPLICATED = ["arcface", "linear_softmax", "adaface"]
 # 23 classes do not divide by 3, and some ranks have no positive at all.
-LABELS = {"one class": [0] * 12, "first rank only": [0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0], "last class": [22] * 12,
-          "everywhere": None}
+LABELS = {
+    "one class": [0] * 12,
+    "first rank only": [0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0],
+    "last class": [22] * 12,
+    "everywhere": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +61,11 @@ def two(checkpoint):
     calls = {name: (workers_head.train, (), case) for name, case in CASES.items()}
     calls.update({f"replicated {m}": (workers_head.train, (), dict(margin=m, sharded=False)) for m in REPLICATED})
     calls.update({f"bad batch, {u}": (workers_head.bad_batch, (u,), {}) for u in ("step", "backward")})
-    calls.update(draws=(workers_head.draws, (), {}), save=(workers_head.train_and_save, (), {}),
-                 reload=(workers_head.reload, checkpoint, {}))
+    calls.update(
+        draws=(workers_head.draws, (), {}),
+        save=(workers_head.train_and_save, (), {}),
+        reload=(workers_head.reload, checkpoint, {}),
+    )
     return by_name(run_ranks(workers_head.several, 2, calls))
 
 

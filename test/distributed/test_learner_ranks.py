@@ -1,4 +1,5 @@
 """N ranks of b images are one rank of N * b; every rank verifies and saves the same network."""
+
 from __future__ import annotations
 
 import json
@@ -28,10 +29,19 @@ def test_ranks_equal_one_rank_in_float64(size):
 
 
 def test_two_ranks_train_verify_save_and_resume(tmp_path):
-    config = Config(net_mode="mobilefacenet", embedding_size=16, data_path=str(make_tiny_set(tmp_path / "set")),
-                    batch_size=4, epochs=1, lr=1e-5,  # batch norm over two images blows up with more
-                    work_path=str(tmp_path / "work"), device_type="cpu",
-                    num_workers=0, tensorboard=False, log_every=1)
+    config = Config(
+        net_mode="mobilefacenet",
+        embedding_size=16,
+        data_path=str(make_tiny_set(tmp_path / "set")),
+        batch_size=4,
+        epochs=1,
+        lr=1e-5,  # batch norm over two images blows up with more
+        work_path=str(tmp_path / "work"),
+        device_type="cpu",
+        num_workers=0,
+        tensorboard=False,
+        log_every=1,
+    )
     results = run_ranks(workers.run_learner, 2, config)
     assert [step for step, _, _ in results] == [5, 5]
     np.testing.assert_array_equal(results[0][1], results[1][1])
@@ -50,9 +60,22 @@ def test_two_ranks_train_verify_save_and_resume(tmp_path):
 def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path):
     if not sharded.available():
         pytest.skip("sharded checkpoints need torch 2.3")
-    config = Config(net_mode="mobilefacenet", embedding_size=16, data_path=str(make_tiny_set(tmp_path / "set")),
-                    batch_size=6, epochs=1, lr=0.002, work_path=str(tmp_path / "work"), device_type="cpu",
-                    num_workers=0, tensorboard=False, log_every=1, with_test=False, checkpoint="sharded", save_every=2)
+    config = Config(
+        net_mode="mobilefacenet",
+        embedding_size=16,
+        data_path=str(make_tiny_set(tmp_path / "set")),
+        batch_size=6,
+        epochs=1,
+        lr=0.002,
+        work_path=str(tmp_path / "work"),
+        device_type="cpu",
+        num_workers=0,
+        tensorboard=False,
+        log_every=1,
+        with_test=False,
+        checkpoint="sharded",
+        save_every=2,
+    )
     run_ranks(workers.run_learner, 2, config)
     kernels = [run_ranks(workers.resume_learner, size, config)[0] for size in (1, 2, 3)]
     assert [step for step, _ in kernels] == [3, 3, 3]

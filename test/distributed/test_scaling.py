@@ -32,8 +32,13 @@ def test_the_collectives_are_those_of_the_plan(ranks):
 def test_the_bytes_by_hand():
     """Two ranks of 6 images, 12 numbers each: 12 images together."""
     assert scaling.expected(CASES["all rows"], 2) == [
-        ("all_gather", 12 * 8), ("all_gather", 12 * 12 * 4), ("all_reduce", 12 * 4), ("all_reduce", 12 * 2 * 4),
-        ("all_reduce", 12 * 2 * 4), ("all_reduce", 12 * 12 * 4)]
+        ("all_gather", 12 * 8),
+        ("all_gather", 12 * 12 * 4),
+        ("all_reduce", 12 * 4),
+        ("all_reduce", 12 * 2 * 4),
+        ("all_reduce", 12 * 2 * 4),
+        ("all_reduce", 12 * 12 * 4),
+    ]
     plan = scaling.plan_of(CASES["all rows"], 2)
     # half of what is gathered; what is reduced everywhere travels twice, by halves
     assert plan.network_traffic == (96 + 576) / 2 + (48 + 96 + 96 + 576)

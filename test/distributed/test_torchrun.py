@@ -1,4 +1,5 @@
 """Under torchrun: several agents are one world, and a job comes back by itself, also with fewer ranks."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -35,9 +36,16 @@ def agents(log: Path, *commands):
     """torchrun once for each list of arguments, all killed with their ranks at the end; their output goes to log."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     with open(log, "w") as file:
-        started = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, command)], stdout=file,
-                                    stderr=subprocess.STDOUT, env=environment, cwd=Path(__file__).parents[2])
-                   for command in commands]
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *map(str, command)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=Path(__file__).parents[2],
+            )
+            for command in commands
+        ]
     try:
         yield started
     finally:
@@ -75,9 +83,24 @@ def wait_for(ready, log: Path):
 
 def training(tmp_path, epochs) -> list:
     """train.py for torchrun: five steps an epoch, a checkpoint every second step, from the newest one if there is."""
-    options = dict(net_mode="mobilefacenet", embedding_size=16, data_path=make_tiny_set(tmp_path / "set"), batch_size=4,
-                   epochs=epochs, lr=1e-5, work_path=tmp_path / "work", device_type="cpu", num_workers=0, with_test=0,
-                   tensorboard=0, log_every=1, checkpoint="sharded", save_every=2, resume="auto", dist_timeout=60)
+    options = dict(
+        net_mode="mobilefacenet",
+        embedding_size=16,
+        data_path=make_tiny_set(tmp_path / "set"),
+        batch_size=4,
+        epochs=epochs,
+        lr=1e-5,
+        work_path=tmp_path / "work",
+        device_type="cpu",
+        num_workers=0,
+        with_test=0,
+        tensorboard=0,
+        log_every=1,
+        checkpoint="sharded",
+        save_every=2,
+        resume="auto",
+        dist_timeout=60,
+    )
     return ["train.py", *(f"--{name}={value}" for name, value in options.items())]
 
 
@@ -138,8 +161,9 @@ def test_a_killed_rank_brings_the_job_back_on_two_machines(tmp_path):
 def test_the_job_goes_on_with_the_machine_that_is_left(tmp_path):
     log = tmp_path / "log"
     shared = ["--nproc-per-node=1", "--nnodes=1:2", "--max-restarts=3", *meeting(free_port())]
-    with agents(log, *([*shared, f"--rdzv-conf=last_call_timeout=5,is_host={host}", *training(tmp_path, 12)]
-                       for host in (1, 0))) as (stays, goes):
+    with agents(
+        log, *([*shared, f"--rdzv-conf=last_call_timeout=5,is_host={host}", *training(tmp_path, 12)] for host in (1, 0))
+    ) as (stays, goes):
         wait_for(has_saved(tmp_path), log)
         kill(goes)
         assert stays.wait(PATIENCE_S) == 0, log.read_text()[-3000:]

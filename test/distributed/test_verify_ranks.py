@@ -1,4 +1,5 @@
 """Verification spread over ranks: every pair counted once, the same embeddings on any number of ranks."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -2,6 +2,7 @@
 
 The golden files and the real sets stand in the folder `shared` beside the project; without it these tests skip.
 """
+
 from __future__ import annotations
 
 import io
@@ -102,8 +103,15 @@ def test_arcface_paddles_small_set(shared):
         np.testing.assert_array_equal(images[row], np.asarray(Image.open(io.BytesIO(encoded[row])).convert("RGB")))
 
 
-@pytest.mark.parametrize("folder, batch_size", [
-    ("real/lfw_small", 64), ("real/tipc/small_dataset", 5), ("real/adaface_mini_rec", 4), ("golden/mxnet_recordio", 3)])
+@pytest.mark.parametrize(
+    "folder, batch_size",
+    [
+        ("real/lfw_small", 64),
+        ("real/tipc/small_dataset", 5),
+        ("real/adaface_mini_rec", 4),
+        ("golden/mxnet_recordio", 3),
+    ],
+)
 def test_every_real_set_loads_whole(shared, folder, batch_size):
     loader = build_loader(open_dataset(shared / folder), batch_size)
     batches = list(loader)

@@ -39,7 +39,13 @@ def npu_python(root, tmp_path):
 
     def run(*arguments, **environment):
         path = os.pathsep.join([str(STUBS), str(HERE), str(root), str(root / "test")])
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True,
-                              timeout=200, env={**os.environ, "PYTHONPATH": path, **environment})
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+        )
 
     return run

@@ -62,9 +62,19 @@ def measure() -> dict[str, tuple[set[str], set[str]]]:
     found: dict[str, tuple[set[str], set[str]]] = {}
     with tempfile.TemporaryDirectory() as folder, narrow_nets():
         data = make_tiny_set(Path(folder) / "set", classes=12, shots=1, pairs=10)
-        plain = {"net_mode": "ir_se", "net_depth": 18, "opt_level": "O2", "data_path": str(data), "batch_size": 4,
-                 "epochs": 1, "max_iter": 2, "num_workers": 0, "tensorboard": False, "work_path": folder,
-                 "embedding_size": 32}
+        plain = {
+            "net_mode": "ir_se",
+            "net_depth": 18,
+            "opt_level": "O2",
+            "data_path": str(data),
+            "batch_size": 4,
+            "epochs": 1,
+            "max_iter": 2,
+            "num_workers": 0,
+            "tensorboard": False,
+            "work_path": folder,
+            "embedding_size": 32,
+        }
         for name, options in cases().items():
             npu_sim.forget_operators()
             Learner(Config(**{**plain, **options}), device).train()
@@ -86,8 +96,10 @@ def narrow_nets() -> Iterator[None]:
 
 def table(found) -> str:
     """Markdown rows `operator | types | needed by`, sorted by name."""
-    rows = [f"| {name} | {' '.join(sorted(dtypes - {'-'}))} | {_which(by)} |"
-            for name, (dtypes, by) in sorted(found.items())]
+    rows = [
+        f"| {name} | {' '.join(sorted(dtypes - {'-'}))} | {_which(by)} |"
+        for name, (dtypes, by) in sorted(found.items())
+    ]
     return "\n".join(["| operator | types | needed by |", "| --- | --- | --- |", *rows])
 
 

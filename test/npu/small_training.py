@@ -28,16 +28,26 @@ def batch(seed: int):
     """uint8 images [BATCH, 112, 112, 3], which to flip, labels."""
     generator = torch.Generator().manual_seed(seed)
     images_BHWC = torch.randint(0, 256, (BATCH, 112, 112, 3), generator=generator, dtype=torch.uint8)
-    return (images_BHWC, torch.rand(BATCH, generator=generator) < 0.5,
-            torch.randint(0, CLASSES, (BATCH,), generator=generator))
+    return (
+        images_BHWC,
+        torch.rand(BATCH, generator=generator) < 0.5,
+        torch.randint(0, CLASSES, (BATCH,), generator=generator),
+    )
 
 
 class SmallTraining:
     """Steps on two batches of random images in turn, the same on every device: few enough to be learnt by heart."""
 
-    def __init__(self, device: Device, policy: str = "O0", net_mode: str = "ir_se", margin: str = "arcface",
-                 scaling: LossScaling = STATIC,
-                 sgd: str = "auto", dropout=None):
+    def __init__(
+        self,
+        device: Device,
+        policy: str = "O0",
+        net_mode: str = "ir_se",
+        margin: str = "arcface",
+        scaling: LossScaling = STATIC,
+        sgd: str = "auto",
+        dropout=None,
+    ):
         device.set()
         device.seed(0)
         self.device = device
@@ -45,8 +55,9 @@ class SmallTraining:
         self.precision = Precision(policy, device, scaling=scaling)
         groups = parameter_groups(self.net, net_mode)
         self.optimizer = self.precision.prepare(self.net, lambda groups: make_sgd(groups, LR, 0.9, device, sgd), groups)
-        self.head = MarginHead(CLASSES, 32, margin=margin, device=device.torch,
-                               weight_decay=head_weight_decay(net_mode))
+        self.head = MarginHead(
+            CLASSES, 32, margin=margin, device=device.torch, weight_decay=head_weight_decay(net_mode)
+        )
         self.losses: list[float] = []
         self.steps = 0
 

@@ -22,8 +22,9 @@ def without_cann(root, tmp_path):
     def run(*command):
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(WITHOUT_CANN), str(root)]), "PYTHON": sys.executable}
         del env["TORCH_DEVICE_BACKEND_AUTOLOAD"]  # a user has not set it
-        return subprocess.run([str(part) for part in command], cwd=tmp_path, env=env, capture_output=True, text=True,
-                              timeout=200)
+        return subprocess.run(
+            [str(part) for part in command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+        )
 
     return run
 
@@ -33,14 +34,18 @@ def test_torch_s_own_words_for_it_are_a_traceback(without_cann):
     assert done.returncode == 1 and "Traceback" in done.stderr  # else the tests below prove nothing
 
 
-@pytest.mark.parametrize("command", [
-    (sys.executable, "-m", "runtime.device", "npu"),
-    (sys.executable, "{root}/train.py", "--device_type=npu", "--data_mode=synthetic"),
-    (sys.executable, "{root}/evaluate.py", "--device_type=npu", "--pth_path=none.pth", "--data_path={set}"),
-    ("bash", "{root}/test/train_full_1p.sh", "--device_type=npu", "--data_mode=synthetic"),
-    ("bash", "{root}/test/train_full_8p.sh", "--device_type=npu", "--data_mode=synthetic"),
-    ("bash", "{root}/test/train_eval_8p.sh", "--device_type=npu", "--pth_path=none.pth", "--data_path={set}"),
-], ids=["device", "train", "evaluate", "train_full_1p", "train_full_8p", "train_eval_8p"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        (sys.executable, "-m", "runtime.device", "npu"),
+        (sys.executable, "{root}/train.py", "--device_type=npu", "--data_mode=synthetic"),
+        (sys.executable, "{root}/evaluate.py", "--device_type=npu", "--pth_path=none.pth", "--data_path={set}"),
+        ("bash", "{root}/test/train_full_1p.sh", "--device_type=npu", "--data_mode=synthetic"),
+        ("bash", "{root}/test/train_full_8p.sh", "--device_type=npu", "--data_mode=synthetic"),
+        ("bash", "{root}/test/train_eval_8p.sh", "--device_type=npu", "--pth_path=none.pth", "--data_path={set}"),
+    ],
+    ids=["device", "train", "evaluate", "train_full_1p", "train_full_8p", "train_eval_8p"],
+)
 def test_one_line_says_it(without_cann, root, tmp_path, command):
     done = without_cann(*[part.format(root=root, set=tmp_path / "set") for part in command])
     assert done.returncode == 1

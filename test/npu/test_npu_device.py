@@ -142,10 +142,13 @@ def test_the_command(npu_python):
     assert whole.returncode == 0, whole.stderr
 
 
-@pytest.mark.parametrize("devices, message", [
-    ("0", "no npu here: torch_npu is installed but sees no device"),
-    ("1", "2 ranks on this machine"),
-])
+@pytest.mark.parametrize(
+    "devices, message",
+    [
+        ("0", "no npu here: torch_npu is installed but sees no device"),
+        ("1", "2 ranks on this machine"),
+    ],
+)
 def test_too_few_devices(npu_python, devices, message):
     done = npu_python("-m", "runtime.device", "npu", "--ranks", 2, NPU_SIM_DEVICES=devices)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
@@ -155,5 +158,3 @@ def test_too_few_devices(npu_python, devices, message):
 def test_importing_the_runtime_opens_nothing(npu_python):
     code = "import sys, runtime.device, runtime.dist, runtime.precision; print('torch_npu' in sys.modules)"
     assert npu_python("-c", code).stdout == "False\n"
-
-

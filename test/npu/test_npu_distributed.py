@@ -18,13 +18,15 @@ def test_the_world_s_collectives():
     assert first["objects"] == [{"rank": 0}, {"rank": 1}]
     assert first["reduce_scatter_rows"] == [0, 2] and second["reduce_scatter_rows"] == [4, 6]
     assert (first["device"], second["device"]) == ("npu:0", "npu:1")
-    assert {k: v for k, v in first.items() if k not in ("reduce_scatter_rows", "device")} == \
-        {k: v for k, v in second.items() if k not in ("reduce_scatter_rows", "device")}
+    assert {k: v for k, v in first.items() if k not in ("reduce_scatter_rows", "device")} == {
+        k: v for k, v in second.items() if k not in ("reduce_scatter_rows", "device")
+    }
 
 
 def test_a_tensor_left_on_the_host_is_refused():
-    assert all("No backend type associated with device type cpu" in said
-               for said in run_ranks(workers_npu.host_tensor, 2))
+    assert all(
+        "No backend type associated with device type cpu" in said for said in run_ranks(workers_npu.host_tensor, 2)
+    )
 
 
 def test_data_parallel_steps_are_bit_identical_to_the_cpu_s():

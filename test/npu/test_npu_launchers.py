@@ -16,8 +16,14 @@ pytestmark = pytest.mark.npu
 
 STUBS = Path(__file__).with_name("stubs")
 # One layout for both devices, because the CPU's kernels for the other sum in another order.
-SMALL = ("--net_mode=mobilefacenet", "--num_workers=0", "--tensorboard=false", "--batch_size=4", "--log_every=1",
-         "--memory_format=contiguous")
+SMALL = (
+    "--net_mode=mobilefacenet",
+    "--num_workers=0",
+    "--tensorboard=false",
+    "--batch_size=4",
+    "--log_every=1",
+    "--memory_format=contiguous",
+)
 
 
 class Run:
@@ -52,11 +58,19 @@ def launch(root, tmp_path_factory):
 
     def run(launcher, *options, status=0, **environment):
         work = place / f"run_{next(numbers)}"
-        command = ["bash", f"test/{launcher}.sh", *SMALL, f"--data_path={place / 'set'}", f"--work_path={work}",
-                   f"--run_dir={work / 'log'}", *map(str, options)]
+        command = [
+            "bash",
+            f"test/{launcher}.sh",
+            *SMALL,
+            f"--data_path={place / 'set'}",
+            f"--work_path={work}",
+            f"--run_dir={work / 'log'}",
+            *map(str, options),
+        ]
         env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(STUBS), **environment}
-        done = subprocess.run(command, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True,
-                              text=True, timeout=250)
+        done = subprocess.run(
+            command, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=250
+        )
         assert done.returncode == status, done.stdout + done.stderr
         return Run(done, work)
 
@@ -89,15 +103,17 @@ def test_its_checkpoint_is_not_tied_to_the_npu(half_on_npu):
 
 @pytest.mark.parametrize("device", ["npu", "cpu"])
 def test_resuming_it_ends_the_same_training(launch, whole_on_cpu, half_on_npu, device):
-    rest = launch("train_full_1p", f"--device_type={device}", "--opt_level=O0", "--epochs=2",
-                  f"--resume={half_on_npu.checkpoint}")
+    rest = launch(
+        "train_full_1p", f"--device_type={device}", "--opt_level=O0", "--epochs=2", f"--resume={half_on_npu.checkpoint}"
+    )
     assert rest.losses == whole_on_cpu.losses[4:]
     assert rest.verified[-1] == whole_on_cpu.verified[-1]
 
 
 def test_fine_tuning_takes_the_backbone(launch, half_on_npu):
-    tuned = launch("train_finetune_1p", "--device_type=npu", "--epochs=1", "--max_iter=2",
-                   f"--pth_path={half_on_npu.checkpoint}")
+    tuned = launch(
+        "train_finetune_1p", "--device_type=npu", "--epochs=1", "--max_iter=2", f"--pth_path={half_on_npu.checkpoint}"
+    )
     before, after = half_on_npu.verified[-1], tuned.verified[0]
     assert tuned.records("run")[0]["opt_level"] == "O2"  # what is the default on an NPU
     assert tuned.records("verify")[0]["untrained"] and abs(before[2] - after[2]) < 0.02
@@ -119,15 +135,28 @@ def test_train_full_8p_in_mixed_precision(launch):
 
 
 def test_train_eval_8p_gives_what_training_gave(launch, half_on_npu):
-    run = launch("train_eval_8p", "--device_type=npu", f"--pth_path={half_on_npu.checkpoint}", "--opt_level=O0",
-                 "--val_targets=lfw", RANK_SIZE="2")
+    run = launch(
+        "train_eval_8p",
+        "--device_type=npu",
+        f"--pth_path={half_on_npu.checkpoint}",
+        "--opt_level=O0",
+        "--val_targets=lfw",
+        RANK_SIZE="2",
+    )
     assert run.verified[0][1:] == half_on_npu.verified[-1][1:]
 
 
 @pytest.mark.parametrize("policy", ["O1", "O2", "fp16", "bf16", "bf16_master"])
 def test_train_performance_1p_without_data(launch, policy):
-    run = launch("train_performance_1p", "--device_type=npu", "--data_mode=synthetic", "--num_classes=50",
-                 f"--opt_level={policy}", "--epochs=1", "--max_iter=4")
+    run = launch(
+        "train_performance_1p",
+        "--device_type=npu",
+        "--data_mode=synthetic",
+        "--num_classes=50",
+        f"--opt_level={policy}",
+        "--epochs=1",
+        "--max_iter=4",
+    )
     assert run.records("run")[0]["opt_level"] == policy
     assert run.records("window")[0]["images_per_s"] > 0 and len(run.losses) == 4
 

@@ -12,8 +12,11 @@ def test_the_kept_list_is_whole():
     kept = operators.kept()
     listed = kept.get(operators.section())
     if listed is None:  # a newer torch: what any version called
-        listed = {name: set().union(*(part.get(name, set()) for part in kept.values()))
-                  for part in kept.values() for name in part}
+        listed = {
+            name: set().union(*(part.get(name, set()) for part in kept.values()))
+            for part in kept.values()
+            for name in part
+        }
     measured = operators.measure()
     assert len(measured) > 40
     missing = {name: dtypes - {"-"} - listed.get(name, set()) for name, (dtypes, _) in measured.items()}

@@ -53,10 +53,17 @@ def test_tensors_on_two_devices_are_refused(name, matrix_46):
         MIXED[name](matrix_46, matrix_46.to(NPU))
 
 
-@pytest.mark.parametrize("what", [
-    lambda X: X.numpy(), lambda X: X.cuda(), lambda X: X.pin_memory(), lambda X: torch.zeros(1, device="npu:7"),
-    lambda X: X.double() @ X.double().t(),
-], ids=["numpy()", "cuda()", "pin_memory()", "npu:7", "float64 product"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda X: X.numpy(),
+        lambda X: X.cuda(),
+        lambda X: X.pin_memory(),
+        lambda X: torch.zeros(1, device="npu:7"),
+        lambda X: X.double() @ X.double().t(),
+    ],
+    ids=["numpy()", "cuda()", "pin_memory()", "npu:7", "float64 product"],
+)
 def test_other_things_that_an_npu_cannot(what, matrix_46):
     with pytest.raises((RuntimeError, TypeError, AssertionError)):
         what(matrix_46.to(NPU))
@@ -148,10 +155,17 @@ def test_every_function_of_the_list_exists():
     assert [n for n in no_cuda.SILENT if not hasattr(torch.cuda, n)] == []
 
 
-@pytest.mark.parametrize("make", [
-    lambda: torch.autocast("cuda"), lambda: torch.amp.autocast("cuda", torch.half), lambda: torch.cuda.amp.autocast(),
-    lambda: torch.amp.GradScaler(), lambda: torch.amp.GradScaler("cuda"), lambda: torch.cuda.amp.GradScaler(),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.autocast("cuda"),
+        lambda: torch.amp.autocast("cuda", torch.half),
+        lambda: torch.cuda.amp.autocast(),
+        lambda: torch.amp.GradScaler(),
+        lambda: torch.amp.GradScaler("cuda"),
+        lambda: torch.cuda.amp.GradScaler(),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_mixed_precision_for_cuda_is_refused(make):
     with pytest.raises(no_cuda.CudaCalled):
@@ -195,7 +209,8 @@ SAME = {
     "masked": lambda t: t[t > 0],
     "index with a host tensor": lambda t: t[torch.tensor([0, 2])],
     "index_put": lambda t: t.clone().index_put_(
-        (torch.tensor([0, 0], device=t.device),), torch.ones(6, device=t.device), accumulate=True),
+        (torch.tensor([0, 0], device=t.device),), torch.ones(6, device=t.device), accumulate=True
+    ),
     "scatter_add": lambda t: torch.zeros_like(t).scatter_add(0, (t > 0).long(), t),
     "conjugate": lambda t: torch.fft.fft(t).conj().imag,
     "complex": lambda t: torch.view_as_real(torch.fft.fft(t)),
@@ -205,13 +220,15 @@ SAME = {
     "split": lambda t: torch.cat(t.split(2)[::-1]),
     "norm": lambda t: t.norm(2, 1, True),
     "channels_last convolution": lambda t: F.conv2d(
-        t[None, None].contiguous(memory_format=torch.channels_last), torch.ones(2, 1, 3, 3, device=t.device)),
-    "grouped convolution": lambda t: F.conv2d(
-        t.view(1, 4, 2, 3), torch.ones(4, 1, 2, 2, device=t.device), groups=4),
+        t[None, None].contiguous(memory_format=torch.channels_last), torch.ones(2, 1, 3, 3, device=t.device)
+    ),
+    "grouped convolution": lambda t: F.conv2d(t.view(1, 4, 2, 3), torch.ones(4, 1, 2, 2, device=t.device), groups=4),
     "transposed convolution": lambda t: F.conv_transpose2d(
-        t[None, None], torch.ones(1, 2, 3, 3, device=t.device), stride=2),
+        t[None, None], torch.ones(1, 2, 3, 3, device=t.device), stride=2
+    ),
     "random with a generator": lambda t: torch.randperm(
-        9, device=t.device, generator=torch.Generator(t.device).manual_seed(1)),
+        9, device=t.device, generator=torch.Generator(t.device).manual_seed(1)
+    ),
 }
 
 
@@ -326,10 +343,15 @@ def _with_gradient(t):
     return parameter
 
 
-@pytest.mark.parametrize("replace", [
-    lambda p: setattr(p, "grad", torch.ones_like(p)), lambda p: setattr(p, "grad", None),
-    lambda p: setattr(p, "data", torch.ones_like(p)),
-], ids=["gradient replaced", "gradient dropped", "parameter replaced"])
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda p: setattr(p, "grad", torch.ones_like(p)),
+        lambda p: setattr(p, "grad", None),
+        lambda p: setattr(p, "data", torch.ones_like(p)),
+    ],
+    ids=["gradient replaced", "gradient dropped", "parameter replaced"],
+)
 def test_the_fused_sgd_wants_its_memory_kept(emulated_npu, replace):
     parameter = _with_gradient(torch.ones(3, device=NPU))
     optimizer = _fused(emulated_npu, parameter)

@@ -140,8 +140,7 @@ def test_a_checkpoint_of_o2_continues_under_every_policy(tmp_path, policy):
     second = _continued(tmp_path / "1.pth", NPU, policy)
     weights, exact = second.weights(), first.weights()
     if policy == "fp16":  # it has no masters: its half weights are rounded, and batch norm stays as it is
-        exact = {name: t if _is_batch_norm(second.net, name) else t.half().to(t.dtype)
-                 for name, t in exact.items()}
+        exact = {name: t if _is_batch_norm(second.net, name) else t.half().to(t.dtype) for name, t in exact.items()}
     assert _same_weights(weights, exact) and all(t.dtype == exact[name].dtype for name, t in weights.items())
     assert all(map(math.isfinite, second.run(2).losses))
 

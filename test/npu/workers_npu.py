@@ -55,8 +55,9 @@ def train(world, kind, steps):
     if kind == "npu":
         device, world = over_hccl(world)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.PReLU(8), nn.Flatten(),
-                        nn.Linear(8 * 7 * 7, 5)).to(device.torch)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.PReLU(8), nn.Flatten(), nn.Linear(8 * 7 * 7, 5)
+    ).to(device.torch)
     data_parallel = wrap_data_parallel(net, world)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
     generator = torch.Generator().manual_seed(world.rank)

@@ -1,4 +1,5 @@
 """The rules of the house (CONTRIBUTING.md): who imports whom, where devices are named, what is written down."""
+
 from __future__ import annotations
 
 import ast
@@ -66,8 +67,13 @@ def test_imports_go_downward_only():
 
 
 def test_nothing_imports_what_stands_on_top():
-    wrong = [f"{path.relative_to(ROOT)} imports {name}" for path, module in sources() if part_of(module) not in ON_TOP
-             for name in imported(path) if name.split(".")[0] in ON_TOP]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path, module in sources()
+        if part_of(module) not in ON_TOP
+        for name in imported(path)
+        if name.split(".")[0] in ON_TOP
+    ]
     assert not wrong, wrong
 
 
@@ -77,8 +83,12 @@ def test_devices_are_named_in_one_place():
         if module == "runtime.device" or module.startswith("model.ops"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch" \
-                    and node.attr in ("cuda", "npu"):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "torch"
+                and node.attr in ("cuda", "npu")
+            ):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} torch.{node.attr}")
         wrong += [f"{path.relative_to(ROOT)} imports {n}" for n in imported(path) if n.split(".")[0] == "torch_npu"]
         if module not in ("runtime.precision", "optim"):
@@ -115,7 +125,8 @@ def test_every_public_address_is_stated():
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
         if path.suffix not in (".py", ".sh", ".txt", ".toml", ".cpp") or any(
-                p in (".venv", "build", "work_space") or p.startswith(".venv") for p in parts):
+            p in (".venv", "build", "work_space") or p.startswith(".venv") for p in parts
+        ):
             continue
         if parts[:2] == ("test", "output") or parts[0] == "data" and len(parts) > 2:
             continue

@@ -38,8 +38,26 @@ def rows_of(folder):
 
 
 def test_it_writes_a_dated_record(tmp_path, capsys):
-    step.main(["--device", "cpu", "--nets", "mobilefacenet", "--batches", "2", "--rounds", "1", "--head", "50",
-               "--fast", "plain", "default", "channels_last+sgd_plain", "--output", str(tmp_path)])
+    step.main(
+        [
+            "--device",
+            "cpu",
+            "--nets",
+            "mobilefacenet",
+            "--batches",
+            "2",
+            "--rounds",
+            "1",
+            "--head",
+            "50",
+            "--fast",
+            "plain",
+            "default",
+            "channels_last+sgd_plain",
+            "--output",
+            str(tmp_path),
+        ]
+    )
     record, page = rows_of(tmp_path)
     assert record["hardware"]["name"] and record["versions"]["torch"] == torch.__version__ and record["threads"] >= 1
     assert record["command"].startswith("OMP_NUM_THREADS=") and "--head 50" in record["command"]
@@ -119,8 +137,24 @@ def test_a_peer_is_measured_beside_ours(tmp_path, monkeypatch):
             step.main(["--device", "cpu", "--peer", str(tmp_path)])
         return
     try:
-        step.main(["--device", "cpu", "--nets", "mobilefacenet", "--batches", "2", "--rounds", "1", "--fast", "default",
-                   "--peer", str(tmp_path), "--output", str(tmp_path / "out")])
+        step.main(
+            [
+                "--device",
+                "cpu",
+                "--nets",
+                "mobilefacenet",
+                "--batches",
+                "2",
+                "--rounds",
+                "1",
+                "--fast",
+                "default",
+                "--peer",
+                str(tmp_path),
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
     finally:
         for name in ("backbones", "losses", "partial_fc_v2"):
             sys.modules.pop(name, None)

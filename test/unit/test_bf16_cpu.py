@@ -1,4 +1,5 @@
 """bf16 on the CPU, for verification and training: as near to fp32 as bfloat16's rounding is."""
+
 from __future__ import annotations
 
 import json
@@ -35,9 +36,20 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory):
-    return Config(net_mode="mobilefacenet", embedding_size=32, data_path=str(tiny), batch_size=10, epochs=2, lr=1e-3,
-                  work_path=str(tmp_path_factory.mktemp("work")), device_type="cpu", num_workers=0, log_every=1,
-                  with_test=False, tensorboard=False)
+    return Config(
+        net_mode="mobilefacenet",
+        embedding_size=32,
+        data_path=str(tiny),
+        batch_size=10,
+        epochs=2,
+        lr=1e-3,
+        work_path=str(tmp_path_factory.mktemp("work")),
+        device_type="cpu",
+        num_workers=0,
+        log_every=1,
+        with_test=False,
+        tensorboard=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +114,10 @@ def test_training_follows_fp32(base, trained, tmp_path, policy):
 def test_a_machine_without_bf16_says_so_in_one_line(base, monkeypatch):
     monkeypatch.setattr(Device, "supports", lambda self, dtype: dtype != torch.bfloat16)
     for policy in BF16:
-        with pytest.raises(DeviceError, match=f"^opt_level {policy} computes in bfloat16, which cpu cannot train in "
-                                              "with torch .*: choose from O0, O1, O2, fp16 here, or another device$"):
+        with pytest.raises(
+            DeviceError,
+            match=f"^opt_level {policy} computes in bfloat16, which cpu cannot train in "
+            "with torch .*: choose from O0, O1, O2, fp16 here, or another device$",
+        ):
             Learner(replace(base, opt_level=policy))
     assert POLICIES["bf16"].compute == torch.bfloat16

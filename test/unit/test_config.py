@@ -13,8 +13,9 @@ pytestmark = pytest.mark.core
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("argv", [["--batch_size=32"], ["--batch-size=32"], ["--batch_size", "32"],
-                                  ["--batch-size", "32"]])
+@pytest.mark.parametrize(
+    "argv", [["--batch_size=32"], ["--batch-size=32"], ["--batch_size", "32"], ["--batch-size", "32"]]
+)
 def test_either_spelling(argv):
     assert config.parse_arguments(argv).batch_size == 32
 
@@ -30,25 +31,28 @@ def test_booleans(text, value):
     assert config.parse_arguments(["--strict_data"]).strict_data is True
 
 
-@pytest.mark.parametrize("argv,says", [
-    (["--batchsize=3"], "did you mean --batch_size"),
-    (["--lr=-1"], "--lr -1.0: must be a number of at least 0"),
-    (["--lr=nan"], "--lr nan: must be a number of at least 0"),
-    (["--momentum=2"], "must be below 1"),
-    (["--data_path="], "--data_path is empty"),
-    (["--fs_name=file:///x", "--fs_checkpoint_dir=../y"], "leads out of the store"),
-    (["--lr=x"], "invalid float"),
-    (["--net_mode=irse"], "choose from ir, ir_se"),
-    (["--use_amp=maybe"], "neither true nor false"),
-    (["--milestones=a"], "--milestones a"),
-    (["extra"], "not an option"),
-    (["--recipe=full_9p"], "choose from full_1p"),
-    (["--batch_size=0"], "at least 1"),
-    (["--sample_rate=0"], "above 0"),
-    (["--max_iter=0"], "-1 for the whole set"),
-    (["--combined_margin=1,2"], "three numbers"),
-    (["--opt_level=O5"], "choose from auto, O0, O1, O2"),
-])
+@pytest.mark.parametrize(
+    "argv,says",
+    [
+        (["--batchsize=3"], "did you mean --batch_size"),
+        (["--lr=-1"], "--lr -1.0: must be a number of at least 0"),
+        (["--lr=nan"], "--lr nan: must be a number of at least 0"),
+        (["--momentum=2"], "must be below 1"),
+        (["--data_path="], "--data_path is empty"),
+        (["--fs_name=file:///x", "--fs_checkpoint_dir=../y"], "leads out of the store"),
+        (["--lr=x"], "invalid float"),
+        (["--net_mode=irse"], "choose from ir, ir_se"),
+        (["--use_amp=maybe"], "neither true nor false"),
+        (["--milestones=a"], "--milestones a"),
+        (["extra"], "not an option"),
+        (["--recipe=full_9p"], "choose from full_1p"),
+        (["--batch_size=0"], "at least 1"),
+        (["--sample_rate=0"], "above 0"),
+        (["--max_iter=0"], "-1 for the whole set"),
+        (["--combined_margin=1,2"], "three numbers"),
+        (["--opt_level=O5"], "choose from auto, O0, O1, O2"),
+    ],
+)
 def test_a_bad_option_is_one_line(argv, says):
     with pytest.raises(config.ConfigError, match=says) as caught:
         config.parse_arguments(argv, recipes=RECIPES)

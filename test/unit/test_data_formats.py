@@ -1,4 +1,5 @@
 """The other training sets: folders, label.txt, base64 lists, kv .bin; and how open_dataset tells them apart."""
+
 from __future__ import annotations
 
 import base64
@@ -55,8 +56,12 @@ def test_folder_order_is_image_folders(tmp_path):
     dataset = open_dataset(tmp_path)
     assert dataset.num_classes == 3
     assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
-    assert [dataset.describe(index)[len(str(root)) + 1:] for index in (0, 5, 6, 7)] == [
-        "10/0.jpg", "2/2.jpg", "2/deeper/9.PNG", "a b/0.jpg"]
+    assert [dataset.describe(index)[len(str(root)) + 1 :] for index in (0, 5, 6, 7)] == [
+        "10/0.jpg",
+        "2/2.jpg",
+        "2/deeper/9.PNG",
+        "a b/0.jpg",
+    ]
     np.testing.assert_array_equal(dataset[4][0], decode_image(jpeg(1, 1)))
     assert dataset[4][1] == 1
 
@@ -65,9 +70,12 @@ def test_class_names_are_sorted_as_strings(tmp_path):
     root = _image_folder(tmp_path / "imgs", ("10", "9", "B", "a", "_"))
     _put(root / "B" / "0" / "z.jpg", jpeg(0, 7))  # a deeper folder comes after the class's own images
     dataset = open_folder(root)
-    names = [dataset.describe(index)[len(str(root)) + 1:] for index in range(len(dataset))]
-    assert names == [f"{name}/{shot}" for name in ("10", "9", "B", "_", "a")
-                     for shot in ["0.jpg", "1.jpg", "2.jpg"] + (["0/z.jpg"] if name == "B" else [])]
+    names = [dataset.describe(index)[len(str(root)) + 1 :] for index in range(len(dataset))]
+    assert names == [
+        f"{name}/{shot}"
+        for name in ("10", "9", "B", "_", "a")
+        for shot in ["0.jpg", "1.jpg", "2.jpg"] + (["0/z.jpg"] if name == "B" else [])
+    ]
 
 
 def test_class_folders_without_imgs(tmp_path):
@@ -129,9 +137,17 @@ def test_written_list(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["label.txt"]
 
 
-@pytest.mark.parametrize("line, match", [
-    ("b.jpg", "label.txt line 2: 'b.jpg' is not 'path label'"), ("b.jpg x", "line 2"), ("b.jpg -1", "line 2"),
-    ("b.jpg 1.5", "line 2"), ("../b.jpg 0", "line 2: path '../b.jpg' leaves"), ("/b.jpg 0", "line 2: path")])
+@pytest.mark.parametrize(
+    "line, match",
+    [
+        ("b.jpg", "label.txt line 2: 'b.jpg' is not 'path label'"),
+        ("b.jpg x", "line 2"),
+        ("b.jpg -1", "line 2"),
+        ("b.jpg 1.5", "line 2"),
+        ("../b.jpg 0", "line 2: path '../b.jpg' leaves"),
+        ("/b.jpg 0", "line 2: path"),
+    ],
+)
 def test_bad_list_line(tmp_path, line, match):
     _put(tmp_path / "a.jpg", jpeg(0, 0))
     (tmp_path / "label.txt").write_text(f"a.jpg 0\n{line}\n")
@@ -184,11 +200,19 @@ def _kv(value: bytes) -> bytes:
     return struct.pack("<I", 1) + b"k" + struct.pack("<I", len(value)) + value
 
 
-@pytest.mark.parametrize("data, match", [
-    (b"", "cut off before the length of its key"), (struct.pack("<I", 2**32 - 1), "claims a key of 4294967295"),
-    (struct.pack("<I", 1) + b"k", "before the length of its value"), (_kv(b"ab") + b"x", "1 bytes follow"),
-    (_kv(b"cos\nsystem\n(U\x04truetR."), "refused: the pickle holds os.system"), (_kv(b"junk"), "not a whole pickle"),
-    (_kv(pickle.dumps("text")), "its value is str"), (_kv(pickle.dumps([b"x"])), "its value is list")])
+@pytest.mark.parametrize(
+    "data, match",
+    [
+        (b"", "cut off before the length of its key"),
+        (struct.pack("<I", 2**32 - 1), "claims a key of 4294967295"),
+        (struct.pack("<I", 1) + b"k", "before the length of its value"),
+        (_kv(b"ab") + b"x", "1 bytes follow"),
+        (_kv(b"cos\nsystem\n(U\x04truetR."), "refused: the pickle holds os.system"),
+        (_kv(b"junk"), "not a whole pickle"),
+        (_kv(pickle.dumps("text")), "its value is str"),
+        (_kv(pickle.dumps([b"x"])), "its value is list"),
+    ],
+)
 def test_bad_kv(tmp_path, data, match):
     with pytest.raises(DamagedItem, match=match):
         kv_bin.parse(data)
@@ -240,8 +264,19 @@ def _replace_line(root, number: int, line: bytes) -> None:
     (root / "parts" / "one").write_bytes(b"".join(lines))
 
 
-@pytest.mark.parametrize("line", [b"7\t/9j/4AAQ\n", b"/9j/4AAQ\n", b"/9j/4AAQ\tx\n", b"/9j/4AAQ\t-1\n", b"1\t2\n",
-                                  b"/9j/\t1\t2\n", b"\t3\n", b"/9j/4AAQ 3\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"7\t/9j/4AAQ\n",
+        b"/9j/4AAQ\n",
+        b"/9j/4AAQ\tx\n",
+        b"/9j/4AAQ\t-1\n",
+        b"1\t2\n",
+        b"/9j/\t1\t2\n",
+        b"\t3\n",
+        b"/9j/4AAQ 3\n",
+    ],
+)
 def test_every_base64_line_is_checked(tmp_path, line):
     _replace_line(_base64_set(tmp_path), 2, line)
     _fails("one line 3: is not 'base64<TAB>label'", tmp_path)

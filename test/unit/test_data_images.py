@@ -1,4 +1,5 @@
 """Decoding: exact, checked before it allocates, the same with and without simplejpeg."""
+
 from __future__ import annotations
 
 import io
@@ -36,8 +37,10 @@ def test_pixels_are_pillows(decoder, format):
 def test_bgr_files_come_out_as_rgb(decoder):
     image = picture(2)
     for format in ("PNG", "JPEG"):
-        np.testing.assert_array_equal(decode_image(encode(image[:, :, ::-1], format), "bgr"),
-                                      decode_image(encode(image[:, :, ::-1], format))[:, :, ::-1])
+        np.testing.assert_array_equal(
+            decode_image(encode(image[:, :, ::-1], format), "bgr"),
+            decode_image(encode(image[:, :, ::-1], format))[:, :, ::-1],
+        )
 
 
 def test_gray_cmyk_and_transparent_images(decoder):
@@ -80,7 +83,8 @@ def _png_claiming(width: int, height: int) -> bytes:
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = b"IDAT" + zlib.compress(bytes(100000))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (head, body, b"IEND"))
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (head, body, b"IEND")
+    )
 
 
 @pytest.mark.parametrize("bomb", ["jpeg", "png"])
@@ -97,9 +101,18 @@ def test_a_bomb_is_refused_before_it_is_decoded(decoder, bomb, side):
     assert peak < 4 << 20
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"text", bytes(1000), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"GIF89a" + bytes(50),
-    b"\xff\xd8\xff\xe0garbage", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"text",
+        bytes(1000),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"GIF89a" + bytes(50),
+        b"\xff\xd8\xff\xe0garbage",
+        b"\x89PNG\r\n\x1a\n" + bytes(40),
+    ],
+)
 def test_what_is_no_image_of_a_format_read_here(decoder, data):
     with pytest.raises(DamagedItem) as caught:
         decode_image(data)

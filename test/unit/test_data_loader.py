@@ -1,4 +1,5 @@
 """The loader: who gets which image, what happens to damaged ones, and how a batch becomes the network's input."""
+
 from __future__ import annotations
 
 import logging
@@ -49,8 +50,10 @@ class Numbers(ImageDataset):
 
 
 def _run(loader) -> list:
-    return [(batch.images_BHWC[:, 0, 0, 0].tolist(), batch.labels_B.tolist(), batch.flip_B.tolist(), batch.damaged)
-            for batch in loader]
+    return [
+        (batch.images_BHWC[:, 0, 0, 0].tolist(), batch.labels_B.tolist(), batch.flip_B.tolist(), batch.damaged)
+        for batch in loader
+    ]
 
 
 # Order
@@ -209,9 +212,9 @@ def test_damaged_jpegs_of_a_rec(tmp_path, caplog):
     make_tiny_set(tmp_path, classes=20, shots=15)
     reader = RecordIOReader(tmp_path / "train.rec", tmp_path / "train.idx")
     data = bytearray((tmp_path / "train.rec").read_bytes())
-    data[reader.offset(5) + 200:reader.offset(5) + 260] = bytes(60)          # the JPEG
-    data[reader.offset(40)] ^= 255                                            # the record
-    data[reader.offset(80) + 4:reader.offset(80) + 8] = b"\xff\xff\xff\x1f"  # its length
+    data[reader.offset(5) + 200 : reader.offset(5) + 260] = bytes(60)  # the JPEG
+    data[reader.offset(40)] ^= 255  # the record
+    data[reader.offset(80) + 4 : reader.offset(80) + 8] = b"\xff\xff\xff\x1f"  # its length
     (tmp_path / "train.rec").write_bytes(data)
     loader = build_loader(open_dataset(tmp_path), 10)
     with caplog.at_level(logging.WARNING):

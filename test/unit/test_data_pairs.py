@@ -1,4 +1,5 @@
 """Verification sets in their three forms, and pickles that mean harm."""
+
 from __future__ import annotations
 
 import io
@@ -50,8 +51,10 @@ def test_written_bin(tmp_path):
 @pytest.mark.parametrize("kind", ["bytes", "flat array", "column array", "numpy bools"])
 @pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"])
 def test_what_the_original_tools_write(tmp_path, protocol, kind, core):
-    images = {"flat array": [np.frombuffer(data, np.uint8) for data in IMAGES],
-              "column array": [np.frombuffer(data, np.uint8).reshape(-1, 1) for data in IMAGES]}.get(kind, IMAGES)
+    images = {
+        "flat array": [np.frombuffer(data, np.uint8) for data in IMAGES],
+        "column array": [np.frombuffer(data, np.uint8).reshape(-1, 1) for data in IMAGES],
+    }.get(kind, IMAGES)
     issame = np.array(ISSAME) if kind == "numpy bools" else ISSAME
     if kind == "numpy bools" and protocol > 2:
         issame = list(issame)
@@ -120,8 +123,10 @@ HOSTILE = {  # bytes, and why they are refused
     "array without numbers": (b"\x80\x02cnumpy.core.multiarray\nscalar\nK\x01K\x02\x86R.", "without numbers"),
     "large array of few bytes": (_LITTLE_ARRAY.replace(b"K\x08\x85", b"J\x00\x00\x00\x7f\x85"), "made of 8 bytes"),
     "negative array": (_LITTLE_ARRAY.replace(b"K\x08\x85", b"J\xf8\xff\xff\xff\x85"), "made of 8 bytes"),
-    "twice negative array": (_LITTLE_ARRAY.replace(b"K\x08\x85", b"J\xf8\xff\xff\xffJ\xff\xff\xff\xff\x86"),
-                             "made of 8 bytes"),
+    "twice negative array": (
+        _LITTLE_ARRAY.replace(b"K\x08\x85", b"J\xf8\xff\xff\xffJ\xff\xff\xff\xff\x86"),
+        "made of 8 bytes",
+    ),
     "memo bomb": (b"\x80\x02Nr\xff\xff\xff\x7f.", "memo slot 2147483647"),
     "length bomb": (b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc.", "not a whole pickle"),
     "set": (pickle.dumps({1, 2}, 4), "instruction EMPTY_SET"),
@@ -157,12 +162,20 @@ def test_plain_data_is_read():
     np.testing.assert_array_equal(read, array)
 
 
-@pytest.mark.parametrize("value, match", [
-    ((IMAGES[:5], ISSAME), "5 images for 3 pairs, where 6 are needed"),
-    ((IMAGES, ISSAME[:2]), "6 images for 2 pairs"),
-    (([], []), "holds no pair"), ([1, 2, 3], "not a verification set"), (IMAGES, "not a verification set"),
-    (7, "not a verification set"), (([1, 2], [True]), "image 0 is neither bytes nor a uint8 array"),
-    (([np.zeros(3), b"x"], [True]), "image 0 is neither"), ((IMAGES, 5), "does not hold booleans")])
+@pytest.mark.parametrize(
+    "value, match",
+    [
+        ((IMAGES[:5], ISSAME), "5 images for 3 pairs, where 6 are needed"),
+        ((IMAGES, ISSAME[:2]), "6 images for 2 pairs"),
+        (([], []), "holds no pair"),
+        ([1, 2, 3], "not a verification set"),
+        (IMAGES, "not a verification set"),
+        (7, "not a verification set"),
+        (([1, 2], [True]), "image 0 is neither bytes nor a uint8 array"),
+        (([np.zeros(3), b"x"], [True]), "image 0 is neither"),
+        ((IMAGES, 5), "does not hold booleans"),
+    ],
+)
 def test_bins_of_the_wrong_content(tmp_path, value, match):
     (tmp_path / "x.bin").write_bytes(pickle.dumps(value, 2))
     _fails(match, tmp_path / "x.bin")
@@ -215,12 +228,20 @@ def _change_meta(folder, name: str, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.mark.parametrize("name, values, match", [
-    ("storage", {"dtype": "object"}, "holds object"), ("storage", {"dtype": "float64"}, "holds float64"),
-    ("storage", {"chunklen": 10**9}, "chunks of 1000000000 images"), ("storage", {"chunklen": 0}, "chunks of 0"),
-    ("storage", {"chunklen": "1"}, "holds float32"), ("sizes", {"shape": [6, 3, 64, 64]}, "where float32"),
-    ("sizes", {"shape": 5}, "where float32"), ("sizes", {"shape": [10**9, 3, 112, 112]}, "missing or cut off|not fit"),
-    ("sizes", {"shape": ["6", 3, 112, 112]}, "where float32")])
+@pytest.mark.parametrize(
+    "name, values, match",
+    [
+        ("storage", {"dtype": "object"}, "holds object"),
+        ("storage", {"dtype": "float64"}, "holds float64"),
+        ("storage", {"chunklen": 10**9}, "chunks of 1000000000 images"),
+        ("storage", {"chunklen": 0}, "chunks of 0"),
+        ("storage", {"chunklen": "1"}, "holds float32"),
+        ("sizes", {"shape": [6, 3, 64, 64]}, "where float32"),
+        ("sizes", {"shape": 5}, "where float32"),
+        ("sizes", {"shape": [10**9, 3, 112, 112]}, "missing or cut off|not fit"),
+        ("sizes", {"shape": ["6", 3, 112, 112]}, "where float32"),
+    ],
+)
 def test_bcolz_meta_is_checked_before_bcolz_sees_it(bcolz_set, monkeypatch, name, values, match):
     import bcolz
 
@@ -283,9 +304,15 @@ def test_written_pair_folder(tmp_path):
     _check(*load_pairs(tmp_path / "set"))
 
 
-@pytest.mark.parametrize("line, match", [
-    ("pair 0 maybe", "line 5: 'pair 0 maybe' is not"), ("True", "line 5"), ("../lfw True", "line 5: path"),
-    ("absent True", "line 5: .*absent holds 0 images")])
+@pytest.mark.parametrize(
+    "line, match",
+    [
+        ("pair 0 maybe", "line 5: 'pair 0 maybe' is not"),
+        ("True", "line 5"),
+        ("../lfw True", "line 5: path"),
+        ("absent True", "line 5: .*absent holds 0 images"),
+    ],
+)
 def test_bad_pair_lines(pair_folder, line, match):
     with open(pair_folder / "label.txt", "a") as file:
         file.write(line + "\n")

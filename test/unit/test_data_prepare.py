@@ -1,4 +1,5 @@
 """tools.prepare_data: bytes kept, pixels kept, and a second run that continues the first."""
+
 from __future__ import annotations
 
 import subprocess

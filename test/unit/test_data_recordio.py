@@ -1,4 +1,5 @@
 """RecordIO: reading, writing, InsightFace's layout, and files that are not what they should be."""
+
 from __future__ import annotations
 
 import logging
@@ -20,9 +21,23 @@ pytestmark = pytest.mark.core
 WORD = struct.pack("<I", MAGIC)
 
 
-@pytest.mark.parametrize("payload", [
-    b"", b"a", b"abcd", b"abcde", WORD, WORD * 3, b"abcd" + WORD + b"efgh", b"ab" + WORD + b"cd", WORD + b"x",
-    b"abcd" + WORD, b"a" * 4096 + WORD + WORD + b"b" * 5, b"abc" + WORD + b"d" + WORD])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"a",
+        b"abcd",
+        b"abcde",
+        WORD,
+        WORD * 3,
+        b"abcd" + WORD + b"efgh",
+        b"ab" + WORD + b"cd",
+        WORD + b"x",
+        b"abcd" + WORD,
+        b"a" * 4096 + WORD + WORD + b"b" * 5,
+        b"abc" + WORD + b"d" + WORD,
+    ],
+)
 def test_what_is_written_is_read(tmp_path, payload):
     rec = write_records(tmp_path, [b"before", payload, b"after"])
     reader = RecordIOReader(rec, tmp_path / "train.idx")
@@ -129,7 +144,7 @@ def test_labels_survive_split_and_damaged_records(tmp_path):
     rec = write_records(tmp_path, payloads)
     data = bytearray(rec.read_bytes())
     offset = RecordIOReader(rec, tmp_path / "train.idx").offset(3)
-    data[offset:offset + 4] = b"oops"
+    data[offset : offset + 4] = b"oops"
     rec.write_bytes(data)
     reader = RecordIOReader(rec, tmp_path / "train.idx")
     assert reader.first_labels(reader.offsets()).tolist() == [0, 1, 1, -1]
@@ -231,7 +246,7 @@ def test_header_that_announces_no_image(tmp_path):
 def test_truncated_rec(tmp_path, keep):
     make_tiny_set(tmp_path)
     data = (tmp_path / "train.rec").read_bytes()
-    (tmp_path / "train.rec").write_bytes(data[:int(len(data) * keep)])
+    (tmp_path / "train.rec").write_bytes(data[: int(len(data) * keep)])
     _fails(tmp_path, "past the end|cut off")
 
 
@@ -239,7 +254,7 @@ def test_truncated_rec_without_index(tmp_path):
     make_tiny_set(tmp_path)
     (tmp_path / "train.idx").unlink()
     data = (tmp_path / "train.rec").read_bytes()
-    (tmp_path / "train.rec").write_bytes(data[:len(data) // 2])
+    (tmp_path / "train.rec").write_bytes(data[: len(data) // 2])
     _fails(tmp_path, "cut off")
 
 

@@ -1,4 +1,5 @@
 """Drawn faces: the same for the same seed, other people for verification, written whole or not at all."""
+
 from __future__ import annotations
 
 import json
@@ -39,10 +40,13 @@ def test_layout(made):
 
 def test_pairs_are_two_images_of_one_person_or_of_two(made):
     encoded, issame = read_bin(made / "lfw.bin")
-    people = {synthetic._jpeg(synthetic._person(0, 1, number), 0, 1, number, image, 112): number
-              for number in range(3) for image in range(2)}
+    people = {
+        synthetic._jpeg(synthetic._person(0, 1, number), 0, 1, number, image, 112): number
+        for number in range(3)
+        for image in range(2)
+    }
     for pair, same in enumerate(issame):
-        first, second = encoded[2 * pair:2 * pair + 2]
+        first, second = encoded[2 * pair : 2 * pair + 2]
         assert first != second and (people[first] == people[second]) == same
 
 
@@ -121,8 +125,13 @@ def test_someone_elses_data_is_not_overwritten(tmp_path):
 
 
 def test_impossible_wishes(tmp_path):
-    for wish in ({"identities": 1}, {"verify_identities": 1}, {"verify_images": 1}, {"pairs": 10},
-                 {"images_per_identity": 0}):
+    for wish in (
+        {"identities": 1},
+        {"verify_identities": 1},
+        {"verify_images": 1},
+        {"pairs": 10},
+        {"images_per_identity": 0},
+    ):
         with pytest.raises(DataError, match="a synthetic set needs at least"):
             synthetic.generate(tmp_path / "set", **{**SMALL, **wish})
     (tmp_path / "file").write_text("")

@@ -42,6 +42,7 @@ def train(head, steps=3, lr=0.1, first=0, **step):
 
 # --- SGD -------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("update", ["step", "backward"])
 @pytest.mark.parametrize("op", ["reference", "chunked"])
 @pytest.mark.parametrize("momentum, weight_decay", [(0.9, 5e-2), (0.9, 0.0), (0.0, 1e-2), (0.0, 0.0)])
@@ -329,6 +330,7 @@ def test_a_failure_of_the_host_thread_is_not_lost(monkeypatch):
 
 # --- fresh rows and checkpoints --------------------------------------------------------------------------------------
 
+
 def test_a_fresh_row_depends_on_its_number_only(monkeypatch):
     from model import centers
 
@@ -343,8 +345,17 @@ def test_a_fresh_row_depends_on_its_number_only(monkeypatch):
     assert (Centers(RowShard.of(9), D + 1, bias=True).weight[:, D] == 0).all()
 
 
-@pytest.mark.parametrize("kw", [{}, dict(sample_rate=0.4), dict(margin="adaface"), dict(margin="linear_softmax"),
-                                *FORMS.values(), dict(sample_rate=0.4, **FORMS["bf16 + int8"])])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {},
+        dict(sample_rate=0.4),
+        dict(margin="adaface"),
+        dict(margin="linear_softmax"),
+        *FORMS.values(),
+        dict(sample_rate=0.4, **FORMS["bf16 + int8"]),
+    ],
+)
 def test_resuming_changes_no_bit(kw, tmp_path):
     kw = {"dtype": torch.float32, **kw}
     straight = train(make(**kw), 5)
@@ -385,6 +396,7 @@ def test_a_state_in_another_form_is_converted():
 
 # --- in a training step ----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_embeddings_of_a_lower_policy(dtype):
     head = make(dtype=torch.float32)
@@ -421,17 +433,20 @@ def test_the_head_hides_its_rows_from_the_optimizer_and_from_casts():
     assert "classes 0:30 of 30" in repr(head)
 
 
-@pytest.mark.parametrize("kw, message", [
-    (dict(margin="sphere"), "margin 'sphere': choose from"),
-    (dict(op="triton9"), "head_op 'triton9': choose from auto"),
-    (dict(sample_rate=0.0), "sample_rate 0.0: must be above 0"),
-    (dict(update_rows="some"), "update_rows 'some': choose from drawn, all"),
-    (dict(update="now"), "update 'now': choose from step, backward"),
-    (dict(update="backward", update_rows="all", sample_rate=0.5), "no backward walk visits"),
-    (dict(margin="linear_softmax", interclass_filtering_threshold=0.4), "has none"),
-    (dict(dtype=torch.int8), "centers in torch.int8: choose from"),
-    (dict(momentum_dtype=torch.float16), "momentum in torch.float16: choose from"),
-])
+@pytest.mark.parametrize(
+    "kw, message",
+    [
+        (dict(margin="sphere"), "margin 'sphere': choose from"),
+        (dict(op="triton9"), "head_op 'triton9': choose from auto"),
+        (dict(sample_rate=0.0), "sample_rate 0.0: must be above 0"),
+        (dict(update_rows="some"), "update_rows 'some': choose from drawn, all"),
+        (dict(update="now"), "update 'now': choose from step, backward"),
+        (dict(update="backward", update_rows="all", sample_rate=0.5), "no backward walk visits"),
+        (dict(margin="linear_softmax", interclass_filtering_threshold=0.4), "has none"),
+        (dict(dtype=torch.int8), "centers in torch.int8: choose from"),
+        (dict(momentum_dtype=torch.float16), "momentum in torch.float16: choose from"),
+    ],
+)
 def test_arguments_that_do_not_work(kw, message):
     with pytest.raises(ModelError, match=message) as error:
         make(**kw)
@@ -441,10 +456,12 @@ def test_arguments_that_do_not_work(kw, message):
 def test_inputs_that_do_not_fit():
     head = make()
     emb_BD, label_B = batch()
-    for bad, message in (((emb_BD[:, :5], label_B), r"takes embeddings \[B, 8\].* got \[6, 5\]"),
-                         ((emb_BD, label_B[:4]), r"got \[6, 8\] and \[4\]"),
-                         ((emb_BD, label_B + C), "the head has classes 0 to 29"),
-                         ((emb_BD, label_B - C), "label -.*the head has classes 0 to 29")):
+    for bad, message in (
+        ((emb_BD[:, :5], label_B), r"takes embeddings \[B, 8\].* got \[6, 5\]"),
+        ((emb_BD, label_B[:4]), r"got \[6, 8\] and \[4\]"),
+        ((emb_BD, label_B + C), "the head has classes 0 to 29"),
+        ((emb_BD, label_B - C), "label -.*the head has classes 0 to 29"),
+    ):
         with pytest.raises(ModelError, match=message):
             head(*bad)
     with pytest.raises(ModelError, match=r"head kernel: expected \[8, 30\].* got \[8, 31\]"):

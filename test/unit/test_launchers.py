@@ -20,10 +20,16 @@ from config import replace
 from configs import RECIPES
 
 pytestmark = pytest.mark.core
-LAUNCHERS = ("train_full_1p", "train_full_8p", "train_performance_1p", "train_performance_8p", "train_finetune_1p",
-             "train_eval_8p")
+LAUNCHERS = (
+    "train_full_1p",
+    "train_full_8p",
+    "train_performance_1p",
+    "train_performance_8p",
+    "train_finetune_1p",
+    "train_eval_8p",
+)
 
-PROGRAM = '''
+PROGRAM = """
 import json, os, signal, sys, time
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
          "TORCH_DEVICE_BACKEND_AUTOLOAD", "CANN_WAS_HERE")
@@ -55,12 +61,12 @@ if do == "wait":
     time.sleep(0.3)  # a second one would arrive now
     print("signals", signals)
     sys.exit(128 + signals[0])
-'''
-REPORT = '''
+"""
+REPORT = """
 import os, sys
 print("Final Performance images/sec : 1.00", sys.argv[1:])
 sys.exit(int(os.environ.get("REPORT_STATUS", 0)))
-'''
+"""
 
 
 @pytest.fixture
@@ -94,32 +100,57 @@ class Run:
 
 
 def environment(**env):
-    clean = {name: value for name, value in os.environ.items()
-             if name not in ("RANK_SIZE", "OMP_NUM_THREADS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
-                             "RANK", "WORLD_SIZE", "LOCAL_RANK", "ASCEND_HOME_PATH")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name
+        not in (
+            "RANK_SIZE",
+            "OMP_NUM_THREADS",
+            "NNODES",
+            "NODE_RANK",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "ASCEND_HOME_PATH",
+        )
+    }
     return {**clean, "PYTHON": sys.executable, **{name: str(value) for name, value in env.items()}}
 
 
 def launch(project, script, *arguments, cwd=None, **env):
-    done = subprocess.run(["bash", str(project / "test" / f"{script}.sh"), *arguments], cwd=cwd or project,
-                          env=environment(**env), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["bash", str(project / "test" / f"{script}.sh"), *arguments],
+        cwd=cwd or project,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return Run(project, done)
 
 
 def options(root, program, argv):
     """config.py's reading of what a program got, by a fresh import."""
-    code = ("import sys, json, config; from configs import RECIPES; print(json.dumps(config.parse_arguments("
-            f"sys.argv[1:], training={program == 'train.py'}, recipes=RECIPES).as_dict()))")
+    code = (
+        "import sys, json, config; from configs import RECIPES; print(json.dumps(config.parse_arguments("
+        f"sys.argv[1:], training={program == 'train.py'}, recipes=RECIPES).as_dict()))"
+    )
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("script, expected", [
-    ("train_full_1p", {"epochs": 20, "batch_size": 256, "lr": 0.001, "max_iter": -1}),
-    ("train_performance_1p", {"epochs": 2, "batch_size": 256, "lr": 0.001, "max_iter": 1000}),
-    ("train_finetune_1p", {"epochs": 20, "batch_size": 256, "is_finetune": True}),
-])
+@pytest.mark.parametrize(
+    "script, expected",
+    [
+        ("train_full_1p", {"epochs": 20, "batch_size": 256, "lr": 0.001, "max_iter": -1}),
+        ("train_performance_1p", {"epochs": 2, "batch_size": 256, "lr": 0.001, "max_iter": 1000}),
+        ("train_finetune_1p", {"epochs": 20, "batch_size": 256, "is_finetune": True}),
+    ],
+)
 def test_one_rank_gets_the_model_zoo_s_defaults(project, root, script, expected):
     run = launch(project, script, RANK_SIZE=8, RANK=3, WORLD_SIZE=8)  # left over from somewhere: 1p is one rank
     assert run.status == 0, run.err
@@ -138,7 +169,10 @@ def test_ranks_start_through_torch_and_share_the_cores(project, root):
     run = launch(project, "train_full_8p", "--device_type=cpu", RANK_SIZE=3)
     assert run.status == 0, run.err + (run.folder / "launcher.log").read_text()
     assert [(got["RANK"], got["LOCAL_RANK"], got["WORLD_SIZE"]) for got in run.got] == [
-        ("0", "0", "3"), ("1", "1", "3"), ("2", "2", "3")]
+        ("0", "0", "3"),
+        ("1", "1", "3"),
+        ("2", "2", "3"),
+    ]
     cores = len(os.sched_getaffinity(0))
     assert {got["OMP_NUM_THREADS"] for got in run.got} == {str(max(1, cores // 3))}
     assert {got["TORCH_DEVICE_BACKEND_AUTOLOAD"] for got in run.got} == {"0"}
@@ -160,8 +194,19 @@ def test_evaluation_of_one_rank(project):
 
 
 def test_options_of_the_user_win_in_either_spelling(project, root):
-    run = launch(project, "train_performance_1p", "--batch-size=8", "--lr", "0.5", "--data_mode=synthetic",
-                 "--val-targets", "lfw", "cfp_fp", "--use_amp", "--milestones=1,2")
+    run = launch(
+        project,
+        "train_performance_1p",
+        "--batch-size=8",
+        "--lr",
+        "0.5",
+        "--data_mode=synthetic",
+        "--val-targets",
+        "lfw",
+        "cfp_fp",
+        "--use_amp",
+        "--milestones=1,2",
+    )
     assert run.status == 0, run.err
     got = options(root, "train.py", run.got[0]["argv"][1:])
     assert (got["batch_size"], got["lr"], got["data_mode"], got["milestones"]) == (8, 0.5, "synthetic", [1, 2])
@@ -174,23 +219,29 @@ def test_a_recipe_of_the_user_replaces_the_launcher_s(project, root):
     assert got == replace(RECIPES["quickstart"], recipe="quickstart", run_dir=got["run_dir"]).as_dict()
 
 
-@pytest.mark.parametrize("wrong, said", [
-    ("--batch-sise=8", "unknown option --batch-sise: did you mean --batch_size"),
-    ("--batch_size=many", "--batch"),
-])
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ("--batch-sise=8", "unknown option --batch-sise: did you mean --batch_size"),
+        ("--batch_size=many", "--batch"),
+    ],
+)
 def test_a_wrong_option_ends_in_one_line_before_anything_starts(project, wrong, said):
     run = launch(project, "train_full_8p", wrong)
     assert run.status == 1 and run.out == "" and run.folder is None
     assert run.err.startswith("error: ") and run.err.count("\n") == 1 and said in run.err
 
 
-@pytest.mark.parametrize("env, said", [
-    ({"RANK_SIZE": "eight"}, "RANK_SIZE='eight' is not a number"),
-    ({"RANK_SIZE": 0}, "RANK_SIZE=0: must be at least 1"),
-    ({"NNODES": 2}, "NNODES=2 needs MASTER_ADDR, the address of machine 0"),
-    ({"NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "NODE_RANK=2 does not exist among NNODES=2 machines"),
-    ({"PYTHON": "/nowhere/python"}, "no Python at '/nowhere/python'"),
-])
+@pytest.mark.parametrize(
+    "env, said",
+    [
+        ({"RANK_SIZE": "eight"}, "RANK_SIZE='eight' is not a number"),
+        ({"RANK_SIZE": 0}, "RANK_SIZE=0: must be at least 1"),
+        ({"NNODES": 2}, "NNODES=2 needs MASTER_ADDR, the address of machine 0"),
+        ({"NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "NODE_RANK=2 does not exist among NNODES=2 machines"),
+        ({"PYTHON": "/nowhere/python"}, "no Python at '/nowhere/python'"),
+    ],
+)
 def test_a_wrong_environment_is_one_line(project, env, said):
     run = launch(project, "train_full_8p", **env)
     assert run.status == 1 and run.out == "" and run.folder is None
@@ -243,8 +294,15 @@ def test_a_report_that_fails_is_not_a_success(project):
 @pytest.mark.parametrize("number, to_group", [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_signal_reaches_the_rank_once_and_there_is_no_report(project, number, to_group):
     """SIGTERM to the launcher alone, as from a scheduler; SIGINT to all in the foreground, as from a terminal."""
-    running = subprocess.Popen(["bash", "test/train_full_1p.sh"], cwd=project, env=environment(RANK_0="wait"),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = subprocess.Popen(
+        ["bash", "test/train_full_1p.sh"],
+        cwd=project,
+        env=environment(RANK_0="wait"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     end = time.monotonic() + 60
     while not list(project.glob("test/output/*/ready_0")) and time.monotonic() < end:
         time.sleep(0.05)
@@ -259,8 +317,16 @@ def test_called_from_anywhere_paths_are_found_where_the_caller_stands(project, t
     (tmp_path / "here" / "faces").mkdir(parents=True)
     (tmp_path / "here" / "model.pth").touch()
     (tmp_path / "here" / "synthetic").mkdir()  # an option that is not a path stays as it is
-    run = launch(project, "train_full_1p", "--data_path=faces", "--pth-path", "model.pth", "--data_mode=synthetic",
-                 "--resume=not_there.pth", cwd=tmp_path / "here")
+    run = launch(
+        project,
+        "train_full_1p",
+        "--data_path=faces",
+        "--pth-path",
+        "model.pth",
+        "--data_mode=synthetic",
+        "--resume=not_there.pth",
+        cwd=tmp_path / "here",
+    )
     assert run.status == 0, run.err
     argv = run.got[0]["argv"]
     assert run.got[0]["cwd"] == str(project)
@@ -281,7 +347,9 @@ def test_two_runs_in_one_second_do_not_share_a_folder(project):
     for _ in range(2):
         assert launch(project, "train_full_1p", PATH=f"{project}/bin:{os.environ['PATH']}").status == 0
     assert sorted(path.name for path in (project / "test" / "output").iterdir()) == [
-        "train_full_1p_20300101-000000", "train_full_1p_20300101-000000.2"]
+        "train_full_1p_20300101-000000",
+        "train_full_1p_20300101-000000.2",
+    ]
 
 
 def test_the_user_chooses_the_run_s_folder(project):
@@ -301,13 +369,20 @@ def test_several_machines_use_the_given_address(project):
         "print(sys.argv[1:i], file=sys.stderr)\n"
         "for r in range(2):\n"
         "    env = {**os.environ, 'RANK': str(2 + r), 'LOCAL_RANK': str(r), 'WORLD_SIZE': '4'}\n"
-        "    assert subprocess.run(sys.argv[i:], env=env).returncode == 0\n")
-    run = launch(project, "train_full_8p", "--device_type=cpu", RANK_SIZE=2, NNODES=2, NODE_RANK=1,
-                 MASTER_ADDR="10.0.0.7")
+        "    assert subprocess.run(sys.argv[i:], env=env).returncode == 0\n"
+    )
+    run = launch(
+        project, "train_full_8p", "--device_type=cpu", RANK_SIZE=2, NNODES=2, NODE_RANK=1, MASTER_ADDR="10.0.0.7"
+    )
     assert run.status == 0, run.err
     started = (run.folder / "launcher.log").read_text()
-    for argument in ("--nnodes=2", "--node_rank=1", "--nproc_per_node=2", "--master_addr=10.0.0.7",
-                     "--master_port=29500"):
+    for argument in (
+        "--nnodes=2",
+        "--node_rank=1",
+        "--nproc_per_node=2",
+        "--master_addr=10.0.0.7",
+        "--master_port=29500",
+    ):
         assert f"'{argument}'" in started
     assert run.option("batch_size") == str(320 * 4)
     assert sorted(path.name for path in run.folder.glob("rank_*.log")) == ["rank_2.log", "rank_3.log"]
@@ -336,16 +411,19 @@ def cann(tmp_path):
 
 def env_npu(root, **env):
     code = 'set -u; source test/env_npu.sh; echo "status $?"; env; echo ${UNSET_IS_AN_ERROR_AGAIN}'
-    return subprocess.run(["bash", "-c", code], cwd=root, env=environment(HOME="/nowhere", **env), capture_output=True,
-                          text=True)
+    return subprocess.run(
+        ["bash", "-c", code], cwd=root, env=environment(HOME="/nowhere", **env), capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("how", ["info", "home", "home/latest"])
 def test_cann_is_found(root, cann, tmp_path, how):
     (tmp_path / "info").write_text(f"Version=8.0\nInstall_Path={cann}\n")
-    env = {"info": {"CANN_INSTALL_INFO": tmp_path / "info"},
-           "home": {"ASCEND_HOME_PATH": cann},
-           "home/latest": {"ASCEND_HOME_PATH": cann / "ascend-toolkit" / "latest"}}[how]
+    env = {
+        "info": {"CANN_INSTALL_INFO": tmp_path / "info"},
+        "home": {"ASCEND_HOME_PATH": cann},
+        "home/latest": {"ASCEND_HOME_PATH": cann / "ascend-toolkit" / "latest"},
+    }[how]
     done = env_npu(root, TASK_QUEUE_ENABLE=1, **env)
     lines = done.stdout.splitlines()
     assert "status 0" in lines and "CANN_WAS_HERE=yes:" in lines
@@ -362,17 +440,28 @@ def test_no_cann_is_one_line(root, tmp_path):
     assert "status 1" in done.stdout and "TASK_QUEUE_ENABLE" not in done.stdout
     first = done.stderr.splitlines()[0]
     assert first.startswith("error: no CANN found") and "install Ascend's CANN toolkit" in first
-    done = subprocess.run(["bash", "test/env_npu.sh"], cwd=root, capture_output=True, text=True,
-                          env=environment(HOME="/nowhere", CANN_INSTALL_INFO=tmp_path / "none"))
+    done = subprocess.run(
+        ["bash", "test/env_npu.sh"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=environment(HOME="/nowhere", CANN_INSTALL_INFO=tmp_path / "none"),
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("device, installed, seen", [
-    ("auto", True, "yes:"), ("auto", False, None), ("cpu", True, None)])
+@pytest.mark.parametrize(
+    "device, installed, seen", [("auto", True, "yes:"), ("auto", False, None), ("cpu", True, None)]
+)
 def test_cann_s_environment_is_set_for_the_npu_only(project, cann, tmp_path, device, installed, seen):
     (tmp_path / "torch_npu.py").touch()
-    run = launch(project, "train_full_1p", f"--device_type={device}", ASCEND_HOME_PATH=cann,
-                 PYTHONPATH=tmp_path if installed else "")
+    run = launch(
+        project,
+        "train_full_1p",
+        f"--device_type={device}",
+        ASCEND_HOME_PATH=cann,
+        PYTHONPATH=tmp_path if installed else "",
+    )
     assert run.status == 0 and run.got[0]["CANN_WAS_HERE"] == seen
 
 

@@ -1,4 +1,5 @@
 """The Learner: its loop, what it writes, and that a resumed run is the run that was interrupted."""
+
 from __future__ import annotations
 
 import json
@@ -35,9 +36,21 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def base(tiny, tmp_path):
     """Five steps an epoch, two epochs."""
-    return Config(net_mode="mobilefacenet", embedding_size=16, data_path=str(tiny), batch_size=4, epochs=2, lr=1e-3,
-                  milestones=(1,), work_path=str(tmp_path / "work"), device_type="cpu", num_workers=0, log_every=2,
-                  with_test=False, tensorboard=False)
+    return Config(
+        net_mode="mobilefacenet",
+        embedding_size=16,
+        data_path=str(tiny),
+        batch_size=4,
+        epochs=2,
+        lr=1e-3,
+        milestones=(1,),
+        work_path=str(tmp_path / "work"),
+        device_type="cpu",
+        num_workers=0,
+        log_every=2,
+        with_test=False,
+        tensorboard=False,
+    )
 
 
 def metrics(config):
@@ -120,9 +133,19 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_identical(base, tmp_path):
 def test_a_sharded_resume_is_bit_identical(base, tmp_path, sample_rate, interrupted_at):
     if not sharded.available():
         pytest.skip("sharded checkpoints need torch 2.3")
-    base = replace(base, checkpoint="sharded", data_mode="synthetic", num_classes=90, max_iter=3, log_every=1,
-                   centers_dtype="bf16", momentum_dtype="int8", sample_rate=sample_rate, loss_type="adaface",
-                   head_update="backward")
+    base = replace(
+        base,
+        checkpoint="sharded",
+        data_mode="synthetic",
+        num_classes=90,
+        max_iter=3,
+        log_every=1,
+        centers_dtype="bf16",
+        momentum_dtype="int8",
+        sample_rate=sample_rate,
+        loss_type="adaface",
+        head_update="backward",
+    )
     losses = {}
 
     class Interrupted(Learner):
@@ -137,8 +160,9 @@ def test_a_sharded_resume_is_bit_identical(base, tmp_path, sample_rate, interrup
     torch.manual_seed(99)
     resumed = trained(replace(part, resume="newest"))
     for one in (learner, resumed):
-        losses[one.config.work_path] = {line["step"]: line["loss"] for line in metrics(one.config)
-                                        if line["kind"] == "step"}
+        losses[one.config.work_path] = {
+            line["step"]: line["loss"] for line in metrics(one.config) if line["kind"] == "step"
+        }
     assert losses[whole.work_path][6] == losses[part.work_path][6]
     assert resumed.head.draws == learner.head.draws == (6 if sample_rate < 1 else 0)
     assert_same(dict(resumed.backbone.state_dict()), dict(learner.backbone.state_dict()))
@@ -192,8 +216,9 @@ def test_the_five_best_are_counted_in_the_same_walk(base):
 def test_the_centers_may_have_a_rate_of_their_own(base, update):
     base = replace(base, epochs=1, max_iter=1, lr=1e-3, momentum_dtype="none", weight_decay=0.0, head_update=update)
     start = Learner(base).head.local_state()["weight"].clone()
-    moved = [trained(replace(base, head_lr_factor=factor)).head.local_state()["weight"] - start
-             for factor in (0.0, 1.0, 8.0)]
+    moved = [
+        trained(replace(base, head_lr_factor=factor)).head.local_state()["weight"] - start for factor in (0.0, 1.0, 8.0)
+    ]
     assert not moved[0].any() and moved[1].any()
     np.testing.assert_allclose(moved[2].numpy(), 8 * moved[1].numpy(), rtol=1e-3, atol=1e-6)
     with pytest.raises(ConfigError, match="must be at least 0"):
@@ -220,8 +245,9 @@ def test_what_other_runs_saved_is_not_this_runs_to_delete(base):
     learner = trained(replace(base, epochs=4, max_iter=1, keep=0, lr=2e-3))
     left = {path.name for path in learner.files.models.iterdir()}
     assert others <= left and len(left - others) <= 2
-    goes_on = trained(replace(base, epochs=6, max_iter=1, keep=0, lr=2e-3, resume=str(learner.files.models / max(
-        left - others))))
+    goes_on = trained(
+        replace(base, epochs=6, max_iter=1, keep=0, lr=2e-3, resume=str(learner.files.models / max(left - others)))
+    )
     assert set(learner.saved) < set(goes_on.saved)
     assert others <= {path.name for path in learner.files.models.iterdir()}
 
@@ -243,10 +269,16 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_training(base, tmp_p
 
 
 def test_sigterm_saves_and_leaves(base, root):
-    arguments = [f"--{k}={v}" for k, v in base.as_dict().items()
-                 if v != getattr(Config(), k) and not isinstance(v, list)]
-    process = subprocess.Popen([sys.executable, "train.py", *arguments, "--epochs=1000", "--with_test=0"], cwd=root,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = [
+        f"--{k}={v}" for k, v in base.as_dict().items() if v != getattr(Config(), k) and not isinstance(v, list)
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments, "--epochs=1000", "--with_test=0"],
+        cwd=root,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     log = f"{base.work_path}/log/metrics.jsonl"
     end = time.time() + 120
     while time.time() < end and not (os.path.exists(log) and '"step"' in open(log).read()):
@@ -373,11 +405,14 @@ def test_the_run_says_which_fast_paths_were_on(base):
     assert evaluating.fast_paths()["opt_level"] == "O0" and "sgd" not in evaluating.fast_paths()
 
 
-@pytest.mark.parametrize("options, error, message", [
-    (dict(opt_level="O5"), ConfigError, "--opt_level 'O5': choose from auto, O0, O1, O2"),
-    (dict(loss_scale="0"), PrecisionError, "loss_scale '0': give a positive number such as 128.0, or 'dynamic'"),
-    (dict(device_type="tpu"), DeviceError, "device 'tpu': choose from auto"),
-])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(opt_level="O5"), ConfigError, "--opt_level 'O5': choose from auto, O0, O1, O2"),
+        (dict(loss_scale="0"), PrecisionError, "loss_scale '0': give a positive number such as 128.0, or 'dynamic'"),
+        (dict(device_type="tpu"), DeviceError, "device 'tpu': choose from auto"),
+    ],
+)
 def test_faults_of_precision_and_device_are_one_line(base, options, error, message):
     with pytest.raises(error, match=message) as caught:
         Learner(replace(base, **options))
@@ -410,7 +445,8 @@ log.run_command(train.main, train.expected_errors)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
         "error: cpu failed while it computed (CUDA error: unspecified launch failure): see whether nvidia-smi still "
-        "lists it, and go on with --resume or on another --device_id")
+        "lists it, and go on with --resume or on another --device_id"
+    )
     assert metrics(base)[-1]["reason"] == "failed"
 
 

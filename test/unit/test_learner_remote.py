@@ -1,4 +1,5 @@
 """A run whose checkpoints live in a remote store: uploaded beside the training, downloaded before it."""
+
 from __future__ import annotations
 
 import shutil
@@ -28,10 +29,22 @@ def hdfs(monkeypatch):
 
 @pytest.fixture
 def base(tmp_path, hdfs):
-    return Config(net_mode="mobilefacenet", embedding_size=16, data_path=str(make_tiny_set(tmp_path / "set")),
-                  batch_size=4, epochs=1, max_iter=3, lr=1e-3, work_path=str(tmp_path / "work"), device_type="cpu",
-                  num_workers=0, with_test=False, tensorboard=False, fs_name=f"webhdfs://{hdfs.url}",
-                  fs_ugi="name,secret")
+    return Config(
+        net_mode="mobilefacenet",
+        embedding_size=16,
+        data_path=str(make_tiny_set(tmp_path / "set")),
+        batch_size=4,
+        epochs=1,
+        max_iter=3,
+        lr=1e-3,
+        work_path=str(tmp_path / "work"),
+        device_type="cpu",
+        num_workers=0,
+        with_test=False,
+        tensorboard=False,
+        fs_name=f"webhdfs://{hdfs.url}",
+        fs_ugi="name,secret",
+    )
 
 
 @pytest.mark.parametrize("checkpoint", ["pth", "sharded"])

@@ -22,8 +22,12 @@ from model.margin import (
 
 pytestmark = pytest.mark.core
 
-COS = torch.cat([torch.linspace(-0.999, 0.999, 401, dtype=torch.float64),
-                 torch.tensor([1 - 1e-9, -1 + 1e-9, 1 - 1e-14], dtype=torch.float64)])
+COS = torch.cat(
+    [
+        torch.linspace(-0.999, 0.999, 401, dtype=torch.float64),
+        torch.tensor([1 - 1e-9, -1 + 1e-9, 1 - 1e-14], dtype=torch.float64),
+    ]
+)
 
 
 def arcface_formula(c, m):
@@ -65,7 +69,7 @@ def test_value_and_slope_are_the_formulas(name):
     value_B, slope_B = margin(COS)
     leaf_B = COS.clone().requires_grad_()
     expected_B = formula(leaf_B)
-    expected_slope_B, = torch.autograd.grad(expected_B.sum(), leaf_B)
+    (expected_slope_B,) = torch.autograd.grad(expected_B.sum(), leaf_B)
     # Close to |cos| = 1 the formula's own acos keeps half the digits of 1 - |cos|.
     condition_B = 1 / (1 - COS.abs()).sqrt()
     assert ((value_B - expected_B).abs() <= 1e-14 * condition_B).all()

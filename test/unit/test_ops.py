@@ -79,6 +79,7 @@ def assert_close(mine, truth, tolerance):
 
 # --- against the naive formulation -----------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", sorted(MARGINS))
 def test_the_definition_in_float64(op, name):
@@ -145,6 +146,7 @@ def test_gradcheck(op, name):
 
 # --- each dtype, against float64 -------------------------------------------------------------------------------------
 
+
 def eager(emb_BD, weight_CD, label_B, s=64.0):
     """What a training script without care does: everything in the operands' dtype."""
     dtype = emb_BD.dtype
@@ -161,9 +163,13 @@ def eager(emb_BD, weight_CD, label_B, s=64.0):
 AS_ON_CUDA, AS_ON_NPU = "chunked, products in float32", "chunked, products in float16"
 
 
-@pytest.mark.parametrize("op, dtype", [
-    *[(op, dtype) for op in [*OPS, AS_ON_CUDA] for dtype in (torch.float32, torch.bfloat16, torch.float16)],
-    (AS_ON_NPU, torch.float16)])  # bfloat16 operands are not used there: see operand_dtype
+@pytest.mark.parametrize(
+    "op, dtype",
+    [
+        *[(op, dtype) for op in [*OPS, AS_ON_CUDA] for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+        (AS_ON_NPU, torch.float16),
+    ],
+)  # bfloat16 operands are not used there: see operand_dtype
 def test_no_less_exact_than_eager_at_the_same_dtype(op, dtype, monkeypatch):
     if op in (AS_ON_CUDA, AS_ON_NPU):
         monkeypatch.setattr(chunked, "operand_dtype", lambda wanted, device, dtype: wanted)
@@ -191,6 +197,7 @@ def test_no_less_exact_than_eager_at_the_same_dtype(op, dtype, monkeypatch):
 
 
 # --- corners ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-5)])
@@ -323,5 +330,3 @@ def test_choosing_an_op():
     assert choose_op("reference", cpu).name == "reference"
     with pytest.raises(ModelError, match="head_op 'fast': choose from auto, .*chunked.*reference"):
         choose_op("fast", cpu)
-
-

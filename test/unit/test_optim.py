@@ -195,9 +195,7 @@ def test_state_by_name_moves_between_kinds_of_sgd():
     buffer = new.state[new_names["conv.weight"]]["momentum_buffer"]
     optim.load_optimizer_state(new, state, new_names)
     for name in old_names:
-        assert torch.equal(
-            new.state[new_names[name]]["momentum_buffer"], old.state[old_names[name]]["momentum_buffer"]
-        )
+        assert torch.equal(new.state[new_names[name]]["momentum_buffer"], old.state[old_names[name]]["momentum_buffer"])
     assert new.state[new_names["conv.weight"]]["momentum_buffer"] is buffer  # written in place: NpuFusedSGD's rule
 
 

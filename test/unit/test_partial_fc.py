@@ -18,6 +18,7 @@ NO_POSITIVES = torch.tensor([-1])
 
 # --- the permutation -------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("size", [*range(1, 41), 97, 1000, 1009, 65537])
 def test_it_is_a_bijection_with_its_inverse(size):
     permutation = KeyedPermutation(size, key=123456789 * size)
@@ -54,8 +55,11 @@ def test_every_row_and_every_pair_is_drawn_alike(rows, drawn):
         count_R[index_N] += 1
         pair_RR[index_N[0], index_N[1]] += 1
     # drawing without replacement narrows the counts by 1 - drawn / rows
-    assert chi_square_is_plausible((count_R - steps * drawn / rows) / (1 - drawn / rows) ** 0.5 + steps * drawn / rows,
-                                   steps * drawn / rows, rows - 1)
+    assert chi_square_is_plausible(
+        (count_R - steps * drawn / rows) / (1 - drawn / rows) ** 0.5 + steps * drawn / rows,
+        steps * drawn / rows,
+        rows - 1,
+    )
     off_diagonal = pair_RR[~torch.eye(rows, dtype=torch.bool)]
     assert chi_square_is_plausible(off_diagonal, steps / (rows * (rows - 1)), rows * (rows - 1) - 1)
 
@@ -106,6 +110,7 @@ def test_it_costs_what_is_drawn_not_what_there_is():
 
 
 # --- the loss over drawn rows ----------------------------------------------------------------------------------------
+
 
 def make(num_classes=40, dim=6, **kw):
     return MarginHead(num_classes, dim, dtype=torch.float64, seed=4, **kw)

@@ -23,8 +23,15 @@ MEASURED = {
     "fp16, no momentum": dict(classes=600_000, update="backward", dtype="float16", momentum=0.0, batch=128),
     "drawn at the step": dict(classes=200_000, sample_rate=0.3),
     "dense optimizer": dict(classes=150_000, sample_rate=0.3, update_rows="all"),
-    "drawn, momentum on the host": dict(classes=300_000, sample_rate=0.1, update="backward", dtype="bfloat16",
-                                        momentum_dtype="bfloat16", momentum_on_host=True, count=2),
+    "drawn, momentum on the host": dict(
+        classes=300_000,
+        sample_rate=0.1,
+        update="backward",
+        dtype="bfloat16",
+        momentum_dtype="bfloat16",
+        momentum_on_host=True,
+        count=2,
+    ),
 }
 
 
@@ -32,16 +39,35 @@ MEASURED = {
 def peaks(root):
     """Measured in a process of its own, whose memory nothing else moves."""
     cases = [{"dim": 128, "batch": 32, **case} for case in MEASURED.values()]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'test'}", "OMP_NUM_THREADS": "1",
-                   "MALLOC_MMAP_THRESHOLD_": "262144"}
-    done = subprocess.run([sys.executable, "-W", "ignore", str(root / "test" / "memory_head.py"), json.dumps(cases)],
-                          env=environment, capture_output=True, text=True, timeout=280)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'test'}",
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "262144",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(root / "test" / "memory_head.py"), json.dumps(cases)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     return dict(zip(MEASURED, json.loads(done.stdout)))
 
 
-def plan_of(classes, batch=32, dtype="float32", momentum_dtype="float32", momentum=0.9, momentum_on_host=False,
-            sample_rate=1.0, update="step", update_rows="drawn", count=1):
+def plan_of(
+    classes,
+    batch=32,
+    dtype="float32",
+    momentum_dtype="float32",
+    momentum=0.9,
+    momentum_on_host=False,
+    sample_rate=1.0,
+    update="step",
+    update_rows="drawn",
+    count=1,
+):
     form = Form(getattr(torch, dtype), getattr(torch, momentum_dtype) if momentum else None, momentum_on_host)
     return HeadPlan(classes, 128, 1, batch, sample_rate, form, update, update_rows, device_type="cpu", operand_bytes=4)
 
@@ -53,9 +79,16 @@ def test_the_measured_peak_is_the_planned_one(peaks, name):
     assert peaks[name] == pytest.approx(plan.device_bytes + plan.host_state, rel=0.1)
 
 
-@pytest.mark.parametrize("name, per_class, millions", [
-    ("fp32 + fp32", 4096, 32), ("fp32 + bf16", 3072, 43), ("bf16 + bf16", 2048, 64), ("bf16 + int8", 1552, 85),
-    ("bf16, no momentum", 1024, 129)])
+@pytest.mark.parametrize(
+    "name, per_class, millions",
+    [
+        ("fp32 + fp32", 4096, 32),
+        ("fp32 + bf16", 3072, 43),
+        ("bf16 + bf16", 2048, 64),
+        ("bf16 + int8", 1552, 85),
+        ("bf16, no momentum", 1024, 129),
+    ],
+)
 def test_the_bytes_of_a_class(name, per_class, millions):
     """D = 512 on a device of 139 GiB with 16 kept free: the arithmetic of the state alone."""
     plan = HeadPlan(10**8, form=FORMS[name], sample_rate=0.02)
@@ -111,8 +144,18 @@ def test_what_does_not_fit_is_refused_with_the_table(caplog):
     assert plan.fits(12 * GIB, 12 * GIB) and not replace(plan, device_type="cpu").fits(12 * GIB, 12 * GIB)
 
 
-@pytest.mark.parametrize("text, size", [("139GiB", 139 * GIB), ("80GB", 80 * 10**9), ("512 mib", 2**29), ("1000", 1000),
-                                        ("1.5k", 1500), ("100e6", 10**8), ("2G", 2 * 10**9)])
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("139GiB", 139 * GIB),
+        ("80GB", 80 * 10**9),
+        ("512 mib", 2**29),
+        ("1000", 1000),
+        ("1.5k", 1500),
+        ("100e6", 10**8),
+        ("2G", 2 * 10**9),
+    ],
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 
@@ -129,8 +172,11 @@ def test_the_command(capsys):
     assert printed.strip() == table(HeadPlan(10**8, sample_rate=0.02), 123 * GIB, 112 * GIB)
     fits = {line[:20].strip(): line.split()[-5] for line in printed.splitlines()[2:]}
     assert set(fits) == set(FORMS)
-    assert [name for name, word in fits.items() if word == "yes"] == ["bf16 + host bf16", "bf16 + host int8",
-                                                                      "bf16, no momentum"]
+    assert [name for name, word in fits.items() if word == "yes"] == [
+        "bf16 + host bf16",
+        "bf16 + host int8",
+        "bf16, no momentum",
+    ]
     with pytest.raises(ModelError, match="--classes 1: must be at least 2"):
         main(["--classes", "1"])
     for wrong in ("--classes inf", "--classes 9 --world_size 0", "--classes 9 --batch_size 0"):

@@ -1,4 +1,5 @@
 """Uploads and downloads over real sockets: WebHDFS, S3 and files; stores that fail, damage, lie and stay away."""
+
 from __future__ import annotations
 
 import json

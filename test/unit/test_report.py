@@ -1,4 +1,5 @@
 """The report: what tools read, the JSON, the page; and runs that must not be reported as a success."""
+
 from __future__ import annotations
 
 import json
@@ -24,8 +25,9 @@ PNG = b"\x89PNG\r\n\x1a\n and so on"
 
 
 def begin(log, **values):
-    log.record("run", **{"case": "", "network": "ir_se_100", "batch_size": 256, "device": DEVICE,
-                       "fast_paths": FAST, **values})
+    log.record(
+        "run", **{"case": "", "network": "ir_se_100", "batch_size": 256, "device": DEVICE, "fast_paths": FAST, **values}
+    )
 
 
 def step(log, number, **values):

@@ -1,4 +1,5 @@
 """Sharded checkpoints on disk: cut anew for other ranks, exported as `.pth`, and damaged or hostile."""
+
 from __future__ import annotations
 
 import json
@@ -79,9 +80,16 @@ def test_damage_is_found_and_nothing_is_left(saved, tmp_path):
 @needs_sharded
 def test_the_command_takes_the_seeds_options(saved, tmp_path, root):
     command = [
-        sys.executable, "-m", "plsc.utils.process_distfc_parameter", "--name_feature=@rank@", "--pretrain_nranks=1",
-        "--nranks=3", f"--num_classes={workers.CLASSES}", f"--emb_dim={workers.WIDTH}",
-        f"--pretrained_model_dir={saved.parent}", f"--output_dir={tmp_path / 'out'}",
+        sys.executable,
+        "-m",
+        "plsc.utils.process_distfc_parameter",
+        "--name_feature=@rank@",
+        "--pretrain_nranks=1",
+        "--nranks=3",
+        f"--num_classes={workers.CLASSES}",
+        f"--emb_dim={workers.WIDTH}",
+        f"--pretrained_model_dir={saved.parent}",
+        f"--output_dir={tmp_path / 'out'}",
     ]
     answer = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
@@ -133,8 +141,12 @@ def test_export_turns_half_centers_into_float32_and_parts_the_bias_from_them(tmp
     shard = RowShard.of(4)
     state = {"meta": {"embedding_size": 2}, "head": {"draws": 5}, "training": {"step": 9}}
     with sharded.Saver(tmp_path / "saved") as saver:
-        saver.save("half", state, {"weight": (table_CW.bfloat16(), shard), "momentum": (-table_CW, shard)},
-                   local={"rng": {"torch": torch.ones(2)}})
+        saver.save(
+            "half",
+            state,
+            {"weight": (table_CW.bfloat16(), shard), "momentum": (-table_CW, shard)},
+            local={"rng": {"torch": torch.ones(2)}},
+        )
     reshard.main([str(tmp_path / "saved"), str(tmp_path / "a.pth")])
     state = store.load_pth(tmp_path / "a.pth")
     assert torch.equal(state["head"]["kernel"], table_CW[:, :2].t())
@@ -176,8 +188,18 @@ def test_export_to_where_nothing_can_be_written(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [(), ("--loss_type=softmax", "--sample_rate=0.5")])
 def test_training_goes_on_from_the_export_as_from_the_checkpoint(tmp_path, options):
     data_path = make_tiny_set(tmp_path / "set")
-    common = [f"--data_path={data_path}", "--device_type=cpu", "--net_mode=mobilefacenet", "--batch_size=4",
-              "--epochs=1", "--num_workers=0", "--tensorboard=false", "--with_test=false", "--log_every=1", *options]
+    common = [
+        f"--data_path={data_path}",
+        "--device_type=cpu",
+        "--net_mode=mobilefacenet",
+        "--batch_size=4",
+        "--epochs=1",
+        "--num_workers=0",
+        "--tensorboard=false",
+        "--with_test=false",
+        "--log_every=1",
+        *options,
+    ]
 
     def losses(name, *more):
         learner = Learner(parse_arguments([*common, f"--work_path={tmp_path / name}", *more]))
@@ -301,6 +323,7 @@ def test_what_a_killed_run_left_is_cleared_away_and_numbers_go_on(tmp_path):
 def test_a_save_that_fails_is_told_and_the_next_one_works(tmp_path, monkeypatch, background):
     saver = sharded.Saver(tmp_path, background=background)
     with monkeypatch.context() as patch:
+
         def refuse(*_args):
             raise OSError(28, "No space left on device")
 

@@ -36,11 +36,20 @@ def kinds(monkeypatch):
     return pretend
 
 
-@pytest.mark.parametrize("text, index, kind, number", [
-    ("npu:1", None, "npu", 1), ("npu", 1, "npu", 1), ("cuda", None, "cuda", 0), ("gpu", None, "cuda", 0),
-    ("GPU:1", None, "cuda", 1), (" cuda:1 ", 0, "cuda", 1), ("cpu", None, "cpu", 0), ("cpu", 3, "cpu", 0),
-    ("cpu:2", None, "cpu", 0),
-])
+@pytest.mark.parametrize(
+    "text, index, kind, number",
+    [
+        ("npu:1", None, "npu", 1),
+        ("npu", 1, "npu", 1),
+        ("cuda", None, "cuda", 0),
+        ("gpu", None, "cuda", 0),
+        ("GPU:1", None, "cuda", 1),
+        (" cuda:1 ", 0, "cuda", 1),
+        ("cpu", None, "cpu", 0),
+        ("cpu", 3, "cpu", 0),
+        ("cpu:2", None, "cpu", 0),
+    ],
+)
 def test_parsing(kinds, text, index, kind, number):
     kinds(cuda=2, npu=2)
     assert parse_device(text, index) == Device(kind, number)
@@ -119,24 +128,38 @@ def test_a_device_that_cannot_be_opened_is_one_line(monkeypatch):
         Device("cuda").set()
 
 
-@pytest.mark.parametrize("kind, said, told", [
-    ("cuda", "CUDA error: unspecified launch failure\nCompile with ...",
-     r"^cuda:0 failed while it computed \(CUDA error: unspecified launch failure\): see whether nvidia-smi still lists "
-     r"it, and go on with --resume or on another --device_id$"),
-    ("npu", "call aclrtSynchronizeStream failed, EL0004", "^npu:0 failed while .* npu-smi info still lists it"),
-    ("cuda", "CUDA out of memory. Tried to allocate 2 GiB", "^cuda:0 is out of memory .*lower --batch_size"),
-    ("cpu", "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", "^cpu is out of memory"),
-])
+@pytest.mark.parametrize(
+    "kind, said, told",
+    [
+        (
+            "cuda",
+            "CUDA error: unspecified launch failure\nCompile with ...",
+            r"^cuda:0 failed while it computed \(CUDA error: unspecified launch failure\): see whether nvidia-smi still "
+            r"lists it, and go on with --resume or on another --device_id$",
+        ),
+        ("npu", "call aclrtSynchronizeStream failed, EL0004", "^npu:0 failed while .* npu-smi info still lists it"),
+        ("cuda", "CUDA out of memory. Tried to allocate 2 GiB", "^cuda:0 is out of memory .*lower --batch_size"),
+        ("cpu", "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", "^cpu is out of memory"),
+    ],
+)
 def test_a_device_that_fails_while_it_computes_is_one_line(kind, said, told):
     with pytest.raises(DeviceError, match=told), Device(kind).failures_explained():
         raise RuntimeError(said)
 
 
-@pytest.mark.parametrize("kind, error", [
-    ("cuda", RuntimeError("NCCL error: unhandled cuda error, CUDA error: peer gone")),  # runtime.dist names the rank
-    ("cuda", RuntimeError("shapes do not match")), ("cuda", DeviceError("CUDA error: said already")),
-    ("cpu", RuntimeError("CUDA error: of another device")), ("cuda", ValueError("CUDA error: no RuntimeError")),
-])
+@pytest.mark.parametrize(
+    "kind, error",
+    [
+        (
+            "cuda",
+            RuntimeError("NCCL error: unhandled cuda error, CUDA error: peer gone"),
+        ),  # runtime.dist names the rank
+        ("cuda", RuntimeError("shapes do not match")),
+        ("cuda", DeviceError("CUDA error: said already")),
+        ("cpu", RuntimeError("CUDA error: of another device")),
+        ("cuda", ValueError("CUDA error: no RuntimeError")),
+    ],
+)
 def test_other_errors_are_left_alone(kind, error):
     with pytest.raises(type(error)) as caught, Device(kind).failures_explained():
         raise error
@@ -344,7 +367,7 @@ def test_the_command_prints_what_is_here_and_what_is_missing(root):
     assert done.returncode == 0, done.stderr
     assert f"torch {torch.__version__}" in done.stdout
     for kind in ("cpu", "cuda", "npu"):
-        line, = [line for line in done.stdout.splitlines() if line.startswith(kind + ": ")]
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(kind + ": ")]
         assert ("not here" in line) is (reason_unavailable(kind) is not None)
 
 
@@ -375,14 +398,24 @@ def fake_torch_npu(tmp_path, monkeypatch):
     module._load_torch_npu.cache_clear()
 
 
-@pytest.mark.parametrize("code, said", [
-    ("raise ImportError('libhccl.so: cannot open shared object file')", "libhccl.so: cannot open shared object file"),
-    (r"raise RuntimeError('Two accelerators\ncannot be used at the same time')", "Two accelerators"),
-])
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        (
+            "raise ImportError('libhccl.so: cannot open shared object file')",
+            "libhccl.so: cannot open shared object file",
+        ),
+        (r"raise RuntimeError('Two accelerators\ncannot be used at the same time')", "Two accelerators"),
+    ],
+)
 def test_torch_npu_that_does_not_load(fake_torch_npu, command, code, said):
     fake_torch_npu(code)
-    assert command("npu:0") == (1, "", "error: no npu here: torch_npu is installed but does not load "
-                                       f"({said}); install CANN and `source test/env_npu.sh` before the command\n")
+    assert command("npu:0") == (
+        1,
+        "",
+        "error: no npu here: torch_npu is installed but does not load "
+        f"({said}); install CANN and `source test/env_npu.sh` before the command\n",
+    )
 
 
 def test_torch_npu_without_cann_is_one_line_of_a_command(root, tmp_path):
@@ -394,11 +427,14 @@ def test_torch_npu_without_cann_is_one_line_of_a_command(root, tmp_path):
     (metadata / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     del env["TORCH_DEVICE_BACKEND_AUTOLOAD"]
-    done = subprocess.run([sys.executable, "-m", "runtime.device", "npu"], cwd=root, env=env, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "runtime.device", "npu"], cwd=root, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == ("error: no npu here: torch_npu is installed but does not load (libhccl.so); "
-                           "install CANN and `source test/env_npu.sh` before the command\n")
+    assert done.stderr == (
+        "error: no npu here: torch_npu is installed but does not load (libhccl.so); "
+        "install CANN and `source test/env_npu.sh` before the command\n"
+    )
 
 
 def test_auto_passes_a_broken_torch_npu_over_and_says_so(fake_torch_npu, caplog):

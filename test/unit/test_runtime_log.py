@@ -74,19 +74,35 @@ def test_a_command_does_not_import_torch_by_itself(root):
 
 def test_records_are_json_lines_whatever_they_were(tmp_path):
     with RunLog(tmp_path / "run", ALONE, {"lr": 0.1}, tensorboard=False) as log:
-        log.record("step", step=3, loss=torch.tensor(2.5), accuracy=np.float32(0.25), lr=float("nan"),
-                   roc={"fpr": np.array([0.0, 1.0])}, where=tmp_path, scale=torch.tensor([1, 2]))
+        log.record(
+            "step",
+            step=3,
+            loss=torch.tensor(2.5),
+            accuracy=np.float32(0.25),
+            lr=float("nan"),
+            roc={"fpr": np.array([0.0, 1.0])},
+            where=tmp_path,
+            scale=torch.tensor([1, 2]),
+        )
         # flushed: a reader beside the run sees it already
-        step, = lines(tmp_path / "run")
+        (step,) = lines(tmp_path / "run")
     assert step.pop("time") > 1.6e9
-    assert step == {"kind": "step", "step": 3, "loss": 2.5, "accuracy": 0.25, "lr": None,
-                    "roc": {"fpr": [0.0, 1.0]}, "where": str(tmp_path), "scale": [1, 2]}
+    assert step == {
+        "kind": "step",
+        "step": 3,
+        "loss": 2.5,
+        "accuracy": 0.25,
+        "lr": None,
+        "roc": {"fpr": [0.0, 1.0]},
+        "where": str(tmp_path),
+        "scale": [1, 2],
+    }
 
 
 def test_the_run_line_says_what_ran(tmp_path):
     with RunLog(tmp_path, replace(ALONE, size=4), {"lr": 0.1, "milestones": [1, 2]}, tensorboard=False) as log:
         log.record("run", case="c", batch_size=8)
-    run, = lines(tmp_path)
+    (run,) = lines(tmp_path)
     assert run["world_size"] == 4 and run["config"] == {"lr": 0.1, "milestones": [1, 2]} and run["case"] == "c"
     assert run["versions"]["torch"] == torch.__version__ and "commit" in run
 
@@ -134,11 +150,15 @@ def test_tensorboard_is_done_without_where_it_is_absent(tmp_path, monkeypatch, c
     assert "tensorboardX is not installed" in caplog.text
 
 
-@pytest.mark.parametrize("rank, size, said", [(0, 1, "news\ntrouble\n"), (0, 2, "[rank 0] news\n[rank 0] trouble\n"),
-                                              (1, 2, "[rank 1] trouble\n")])
+@pytest.mark.parametrize(
+    "rank, size, said",
+    [(0, 1, "news\ntrouble\n"), (0, 2, "[rank 0] news\n[rank 0] trouble\n"), (1, 2, "[rank 1] trouble\n")],
+)
 def test_log_lines_name_their_rank_and_other_ranks_only_warn(root, rank, size, said):
-    code = (f"from runtime.log import setup_logging; import logging; setup_logging({rank}, {size});"
-            "logging.getLogger('x').info('news'); logging.getLogger('x').warning('trouble')")
+    code = (
+        f"from runtime.log import setup_logging; import logging; setup_logging({rank}, {size});"
+        "logging.getLogger('x').info('news'); logging.getLogger('x').warning('trouble')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stderr == said
 

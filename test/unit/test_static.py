@@ -1,4 +1,5 @@
 """--static: the compiled backbone takes the eager one's steps, and what it saves is the eager one's."""
+
 from __future__ import annotations
 
 import json
@@ -29,9 +30,21 @@ needs_compiler = pytest.mark.skipif(
 def config(tmp_path_factory):
     """Three steps of four images."""
     folder = tmp_path_factory.mktemp("static")
-    return Config(net_mode="mobilefacenet", embedding_size=16, data_path=str(make_tiny_set(folder / "set")),
-                  batch_size=4, epochs=1, max_iter=3, lr=1e-3, work_path=str(folder / "work"), device_type="cpu",
-                  num_workers=0, log_every=1, with_test=False, tensorboard=False)
+    return Config(
+        net_mode="mobilefacenet",
+        embedding_size=16,
+        data_path=str(make_tiny_set(folder / "set")),
+        batch_size=4,
+        epochs=1,
+        max_iter=3,
+        lr=1e-3,
+        work_path=str(folder / "work"),
+        device_type="cpu",
+        num_workers=0,
+        log_every=1,
+        with_test=False,
+        tensorboard=False,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +72,11 @@ def eager(config, tmp_path_factory):
 @needs_compiler
 def test_the_compiled_backbone_takes_the_eager_steps_and_saves_its_checkpoint(config, eager, monkeypatch):
     compiled = []
-    monkeypatch.setattr(Device, "compiled", lambda self, module, method=Device.compiled:
-                        compiled.append(method(self, module)) or compiled[-1])
+    monkeypatch.setattr(
+        Device,
+        "compiled",
+        lambda self, module, method=Device.compiled: compiled.append(method(self, module)) or compiled[-1],
+    )
     before, after, keys = run(replace(config, static=True))
     assert len(compiled) == 1 and "Optimized" in type(compiled[0]).__name__
     eager_losses, moved = eager
@@ -107,20 +123,26 @@ def test_a_compiler_that_does_not_work_is_one_line(monkeypatch):
     monkeypatch.setattr(device_module.shutil, "which", lambda name: sys.executable)
     device_module._why_compiling_fails.cache_clear()
     try:
-        with pytest.raises(DeviceError, match=r"^static mode \(torch.compile\) on cpu: compiling a tiny function fails "
-                                              r"\(C\+\+ compile error\); repair the compiler, or leave --static out$"):
+        with pytest.raises(
+            DeviceError,
+            match=r"^static mode \(torch.compile\) on cpu: compiling a tiny function fails "
+            r"\(C\+\+ compile error\); repair the compiler, or leave --static out$",
+        ):
             CPU.compiled(torch.nn.Identity())
     finally:
         device_module._why_compiling_fails.cache_clear()
 
 
-@pytest.mark.parametrize("kind, packages, said", [
-    ("cuda", {}, "the package triton is not installed; pip install triton"),
-    ("cuda", {"triton"}, None),
-    ("npu", {}, "this torch_npu has no graph compiler; install a newer torch_npu"),
-    ("npu", {"torchair"}, None),
-    ("npu", {"torch_npu._inductor"}, None),
-])
+@pytest.mark.parametrize(
+    "kind, packages, said",
+    [
+        ("cuda", {}, "the package triton is not installed; pip install triton"),
+        ("cuda", {"triton"}, None),
+        ("npu", {}, "this torch_npu has no graph compiler; install a newer torch_npu"),
+        ("npu", {"torchair"}, None),
+        ("npu", {"torch_npu._inductor"}, None),
+    ],
+)
 def test_what_compiling_needs_on_each_device(kind, packages, said, monkeypatch):
     monkeypatch.setattr(device_module.importlib.util, "find_spec", lambda name: name if name in packages else None)
     monkeypatch.setattr(torch, "compile", lambda module: module, raising=False)

@@ -1,4 +1,5 @@
 """`.pth` files: whole or not there, and read as if a stranger had made them."""
+
 from __future__ import annotations
 
 import io
@@ -403,8 +404,13 @@ def test_the_lineages_config_object_becomes_plain(tmp_path, as_zip):
     assert same({**loaded, "config": None}, {**state, "config": None})
     assert type(loaded["config"]) is dict
     assert loaded["config"] == {
-        "net_depth": 100, "sizes": [112, 112], "inner": {"x": 1}, "work_path": "work_space/models", "root": "/data",
-        "device": torch.device("cpu"), "ce_loss": None,
+        "net_depth": 100,
+        "sizes": [112, 112],
+        "inner": {"x": 1},
+        "work_path": "work_space/models",
+        "root": "/data",
+        "device": torch.device("cpu"),
+        "ce_loss": None,
     }
 
 
@@ -453,8 +459,13 @@ def test_names_are_the_seeds():
 
 
 def test_the_best_the_newest_and_some_more_are_kept(tmp_path):
-    saved = [("2026-11-20-16-05", 0, 0.5), ("2026-11-20-16-05", 1, 0.9), ("2026-11-20-16-06", 2, 0.7),
-             ("2026-11-21-00-00", 3, 0.8), ("2026-11-21-00-00", 4, 0.6)]
+    saved = [
+        ("2026-11-20-16-05", 0, 0.5),
+        ("2026-11-20-16-05", 1, 0.9),
+        ("2026-11-20-16-06", 2, 0.7),
+        ("2026-11-21-00-00", 3, 0.8),
+        ("2026-11-21-00-00", 4, 0.6),
+    ]
     names = fill(tmp_path, *saved)
     (tmp_path / "other.pth").write_bytes(b"not ours to delete")
     assert [path.name for path in store.prune(tmp_path, keep=1)] == [names[0], names[2]]

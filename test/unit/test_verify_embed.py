@@ -1,4 +1,5 @@
 """Images to unit embeddings, on one rank."""
+
 from __future__ import annotations
 
 from contextlib import contextmanager

@@ -1,4 +1,5 @@
 """evaluate.py: weights and sets in, table, JSON, ROC and metrics out."""
+
 from __future__ import annotations
 
 import io

@@ -1,4 +1,5 @@
 """The face bank: people in folders, their embeddings in a file, and the nearest of them."""
+
 from __future__ import annotations
 
 import zipfile

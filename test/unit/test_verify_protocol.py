@@ -1,4 +1,5 @@
 """The verification protocol against a straightforward version of its definition, by-hand examples, and bad input."""
+
 from __future__ import annotations
 
 import subprocess

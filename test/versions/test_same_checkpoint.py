@@ -19,13 +19,28 @@ STEPS = 20
 # At a larger rate the rounding of one kernel or another decides on which side of a PReLU's kink a value near zero
 # falls, and 20 steps at scale 64 carry that to the third digit. At this one a gradient wrong by 1 % still shows.
 LR = 1e-5
-OPTIONS = ("--device_type=cpu", "--opt_level=O0", "--net_mode=mobilefacenet", "--batch_size=8", "--num_workers=0",
-           "--log_every=1", "--tensorboard=false", "--with_test=false", "--memory_format=contiguous")
+OPTIONS = (
+    "--device_type=cpu",
+    "--opt_level=O0",
+    "--net_mode=mobilefacenet",
+    "--batch_size=8",
+    "--num_workers=0",
+    "--log_every=1",
+    "--tensorboard=false",
+    "--with_test=false",
+    "--memory_format=contiguous",
+)
 
 
 def _run(python, root, *arguments):
-    done = subprocess.run([str(python), *map(str, arguments)], cwd=root, capture_output=True, text=True, timeout=250,
-                          env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
+    done = subprocess.run(
+        [str(python), *map(str, arguments)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -51,18 +66,36 @@ def trained_on(root, pythons, tmp_path_factory):
     """{version: (losses of the second epoch, checkpoint after it)}, each resumed from one checkpoint of the newest."""
     work = tmp_path_factory.mktemp("versions")
     newest = list(pythons.values())[-1]
-    _run(newest, root, "-m", "data.synthetic", "--output", work / "set", "--identities", 8, "--images_per_identity",
-         STEPS, "--verify_identities", 10, "--verify_images", 2, "--pairs", 20)
+    _run(
+        newest,
+        root,
+        "-m",
+        "data.synthetic",
+        "--output",
+        work / "set",
+        "--identities",
+        8,
+        "--images_per_identity",
+        STEPS,
+        "--verify_identities",
+        10,
+        "--verify_images",
+        2,
+        "--pairs",
+        20,
+    )
 
     def train(python, name, *options):
         _run(python, root, "train.py", *OPTIONS, f"--data_path={work / 'set'}", f"--work_path={work / name}", *options)
         lines = map(json.loads, (work / name / "log" / "metrics.jsonl").read_text().splitlines())
-        checkpoint, = (work / name / "models").glob("*.pth")
+        (checkpoint,) = (work / name / "models").glob("*.pth")
         return [line["loss"] for line in lines if line["kind"] == "step"], checkpoint
 
     _, first = train(newest, "first", "--epochs=1", "--lr=0.01")
-    return {version: train(python, version, "--epochs=2", f"--lr={LR}", f"--resume={first}")
-            for version, python in pythons.items()}
+    return {
+        version: train(python, version, "--epochs=2", f"--lr={LR}", f"--resume={first}")
+        for version, python in pythons.items()
+    }
 
 
 def test_the_losses_agree(trained_on):
@@ -79,8 +112,16 @@ def test_every_version_reads_what_every_other_wrote(root, pythons, trained_on, t
     accuracies = set()
     for reader, writer in ((versions[0], versions[-1]), (versions[-1], versions[0])):
         checkpoint = trained_on[writer][1]
-        _run(pythons[reader], root, "evaluate.py", f"--pth_path={checkpoint}", "--device_type=cpu",
-             f"--data_path={checkpoint.parents[2] / 'set'}", "--val_targets=lfw", f"--run_dir={tmp_path / reader}")
+        _run(
+            pythons[reader],
+            root,
+            "evaluate.py",
+            f"--pth_path={checkpoint}",
+            "--device_type=cpu",
+            f"--data_path={checkpoint.parents[2] / 'set'}",
+            "--val_targets=lfw",
+            f"--run_dir={tmp_path / reader}",
+        )
         lines = map(json.loads, (tmp_path / reader / "metrics.jsonl").read_text().splitlines())
         accuracies.update(line["accuracy"] for line in lines if line["kind"] == "verify")
     assert len(accuracies) == 1

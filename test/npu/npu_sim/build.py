@@ -44,8 +44,18 @@ def library() -> Path:
 def _compile(compiler: str, path: Path) -> None:
     root = Path(torch.__file__).parent
     unfinished = path.with_suffix(".tmp")
-    command = [compiler, *FLAGS, f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", str(SOURCE),
-               "-o", str(unfinished), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
+    command = [
+        compiler,
+        *FLAGS,
+        f"-I{root / 'include'}",
+        f"-I{root / 'include/torch/csrc/api/include'}",
+        str(SOURCE),
+        "-o",
+        str(unfinished),
+        f"-L{root / 'lib'}",
+        "-lc10",
+        "-ltorch_cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

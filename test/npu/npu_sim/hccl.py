@@ -8,10 +8,22 @@ from torch._C._distributed_c10d import ProcessGroupGloo, _create_work_from_futur
 
 # Method names differ by version: torch 2.15 calls *_single, older ones the C++ names.
 _METHODS = {
-    "allreduce": (), "allreduce_coalesced": (), "broadcast": (), "reduce": (), "allgather": (), "gather": (),
-    "scatter": (), "reduce_scatter": (), "alltoall": ("all_to_all",), "send": (), "recv": (),
-    "allgather_coalesced": (), "allgather_into_tensor_coalesced": (), "reduce_scatter_tensor_coalesced": (),
-    "_allgather_base": ("all_gather_single",), "_reduce_scatter_base": ("reduce_scatter_single",),
+    "allreduce": (),
+    "allreduce_coalesced": (),
+    "broadcast": (),
+    "reduce": (),
+    "allgather": (),
+    "gather": (),
+    "scatter": (),
+    "reduce_scatter": (),
+    "alltoall": ("all_to_all",),
+    "send": (),
+    "recv": (),
+    "allgather_coalesced": (),
+    "allgather_into_tensor_coalesced": (),
+    "reduce_scatter_tensor_coalesced": (),
+    "_allgather_base": ("all_gather_single",),
+    "_reduce_scatter_base": ("reduce_scatter_single",),
     "alltoall_base": ("all_to_all_single",),
 }
 

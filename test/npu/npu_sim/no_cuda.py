@@ -10,10 +10,31 @@ import torch
 
 # Functions of torch.cuda that are silent, or fail with words that do not say where, on a machine without a GPU.
 SILENT = (
-    "current_device", "current_stream", "default_stream", "device", "empty_cache", "get_rng_state",
-    "get_rng_state_all", "ipc_collect", "manual_seed", "manual_seed_all", "max_memory_allocated", "max_memory_reserved",
-    "mem_get_info", "memory_allocated", "memory_reserved", "memory_stats", "reset_peak_memory_stats", "seed",
-    "seed_all", "set_device", "set_rng_state", "set_rng_state_all", "set_stream", "stream", "synchronize",
+    "current_device",
+    "current_stream",
+    "default_stream",
+    "device",
+    "empty_cache",
+    "get_rng_state",
+    "get_rng_state_all",
+    "ipc_collect",
+    "manual_seed",
+    "manual_seed_all",
+    "max_memory_allocated",
+    "max_memory_reserved",
+    "mem_get_info",
+    "memory_allocated",
+    "memory_reserved",
+    "memory_stats",
+    "reset_peak_memory_stats",
+    "seed",
+    "seed_all",
+    "set_device",
+    "set_rng_state",
+    "set_rng_state_all",
+    "set_stream",
+    "stream",
+    "synchronize",
 )
 
 

@@ -36,8 +36,10 @@ def _index(device=None) -> int:
 def init() -> None:
     global _initialized
     if _forked:
-        raise RuntimeError("Cannot re-initialize NPU in forked subprocess. To use NPU with multiprocessing, you must "
-                           "use the 'spawn' start method")
+        raise RuntimeError(
+            "Cannot re-initialize NPU in forked subprocess. To use NPU with multiprocessing, you must "
+            "use the 'spawn' start method"
+        )
     _initialized = True
 
 

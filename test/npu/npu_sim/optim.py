@@ -15,8 +15,16 @@ class NpuFusedSGD(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": dampening,
-                                  "weight_decay": weight_decay, "nesterov": nesterov})
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+            },
+        )
         self.is_fused_optimizer = True
         self._pieces = None
 
@@ -39,8 +47,11 @@ class NpuFusedSGD(torch.optim.Optimizer):
 
     def _combine(self):
         if self._pieces is None and any(p.grad is not None for group in self.param_groups for p in group["params"]):
-            self._pieces = [_Piece(group, params, self.state)
-                            for group in self.param_groups for params in _by_dtype(group["params"])]
+            self._pieces = [
+                _Piece(group, params, self.state)
+                for group in self.param_groups
+                for params in _by_dtype(group["params"])
+            ]
 
 
 def _by_dtype(params):
