@@ -14,11 +14,9 @@ import typing
 from dataclasses import dataclass
 from typing import Any, NoReturn, Optional
 
+from runtime.errors import ConfigError
+
 VERIFICATION_SETS = ("lfw", "cfp_fp", "cfp_ff", "agedb_30", "calfw", "cplfw", "vgg2_fp")
-
-
-class ConfigError(ValueError):
-    """An option that cannot be taken; the message is one line with the cure."""
 
 
 def option(default: Any, help: str, choices: tuple = ()) -> Any:
@@ -43,7 +41,7 @@ class Config:
     sample_rate: float = option(1.0, "share of the class centers drawn each step (Partial FC)")
     interclass_filtering_threshold: float = option(0.0, "cosine above which another class counts as noise; 0 = off")
     top5: bool = option(False, "count as well how often the right class is among the five best")
-    head_op: str = option("auto", "implementation of the loss: auto, or one of model/ops by name")
+    head_op: str = option("auto", "implementation of the loss: auto, or one of head/ops by name")
     head_update: str = option(
         "step", "centers move after the backward pass, or inside it (no gradient of them exists)", ("step", "backward")
     )

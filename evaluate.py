@@ -42,7 +42,8 @@ def main() -> int:
 
 def find_sets(config) -> dict[str, Path]:
     """{name: path} of the sets in `--data_path`, a folder of sets or one set; sets named by hand must exist."""
-    from data import DataError, pairs
+    from data import pairs
+    from runtime.errors import DataError
 
     root = Path(config.data_path)
     found = pairs.find_pair_sets(root, config.val_targets)
@@ -122,11 +123,5 @@ def save_roc(results: dict, path: Path) -> None:
         logger.info("matplotlib is not installed: no %s", path.name)
 
 
-def expected_errors() -> tuple:
-    from learner import USER_ERRORS
-
-    return (*USER_ERRORS, OSError)
-
-
 if __name__ == "__main__":
-    log.run_command(main, expected_errors)
+    log.run_command(main)

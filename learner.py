@@ -20,34 +20,21 @@ import torch
 import data
 import model
 import optim
-from checkpoint import CheckpointError, folder, foreign, remote, reshard, sharded, store
-from config import Config, ConfigError
+from checkpoint import folder, foreign, remote, reshard, sharded, store
+from config import Config
 from data import pairs, transforms
 from data.synthetic import SyntheticDataset
-from model import plan
-from model.head import MarginHead
+from head import plan
+from head.head import MarginHead
 from runtime import log as runlog
-from runtime.device import Device, DeviceError, parse_device
+from runtime.device import Device, parse_device
 from runtime.dist import ALONE, World, wrap_data_parallel
-from runtime.precision import Precision, PrecisionError, first_non_finite, parse_loss_scale
+from runtime.errors import CheckpointError, ConfigError
+from runtime.precision import Precision, first_non_finite, parse_loss_scale
 from runtime.profile import profiled
 from verify import embed, facebank
-from verify.protocol import PairError
 
 logger = logging.getLogger(__name__)
-
-# What a user can cause; a command ends on these with one line.
-USER_ERRORS = (
-    ConfigError,
-    data.DataError,
-    model.ModelError,
-    optim.OptimError,
-    CheckpointError,
-    DeviceError,
-    PrecisionError,
-    PairError,
-    facebank.FaceBankError,
-)
 
 DTYPES = {
     "fp32": torch.float32,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from runtime.device import Device
+from runtime.errors import OptimError
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # the base class has no public name
 
@@ -29,10 +30,6 @@ PREFERRED = {
 }
 
 Schedule = Callable[[int], float]
-
-
-class OptimError(ValueError):
-    """One line: what cannot be optimised, or an optimizer state that does not fit, and the cure."""
 
 
 def head_weight_decay(net_mode: str, weight_decay: float = 5e-4) -> float:

@@ -28,7 +28,7 @@ from runtime.log import run_command
 def main():
     config.parse_arguments(sys.argv[1:], recipes=RECIPES)
 
-run_command(main, (config.ConfigError,))' --recipe=quickstart "$@"
+run_command(main)' --recipe=quickstart "$@"
 for word in "$@"; do
     case "$word" in --help | -h) exit ;; esac
 done

@@ -20,6 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from string import Template
 
+from runtime.errors import ReportError
 from runtime.log import run_command
 from verify.plot import COLOURS, roc_figure
 
@@ -36,10 +37,6 @@ COMPLETE = ("finished", "max_iter")
 
 class NothingTrained(Exception):
     """A run that resumed what was trained to its end already: no failure, and nothing to report."""
-
-
-class ReportError(ValueError):
-    """A run that cannot be reported; the message is one line."""
 
 
 # --- from lines to numbers -------------------------------------------------------------------------------------------
@@ -526,4 +523,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, expected=(ReportError, OSError))
+    run_command(main)

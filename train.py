@@ -31,12 +31,5 @@ def main() -> int:
     return 0
 
 
-def expected_errors() -> tuple:
-    from learner import USER_ERRORS
-    from runtime.device import DeviceError
-
-    return (*USER_ERRORS, DeviceError)
-
-
 if __name__ == "__main__":
-    log.run_command(main, expected_errors)
+    log.run_command(main)

@@ -25,8 +25,9 @@ import torch
 from model import create_model
 from optim import make_sgd, parameter_groups
 from runtime import log
-from runtime.device import DeviceError, parse_device
+from runtime.device import parse_device
 from runtime.dist import open_world, world_env, wrap_data_parallel
+from runtime.errors import DeviceError
 
 FORMS = {
     "plain": None,
@@ -136,4 +137,4 @@ def measure(options, device, world) -> list:
 
 
 if __name__ == "__main__":
-    log.run_command(main, expected=(DeviceError,))
+    log.run_command(main)

@@ -8,7 +8,7 @@ Each case runs in a process of its own: seconds of a step (forward, backward and
 moves only the latter), and the peak memory above the state (centers and momentum). --sweep goes over classes and sample
 rates instead: a step's time should follow the drawn rows and not the classes; --peer runs arcface_torch's PartialFC_V2
 and its torch.optim.SGD beside (on cuda). Beside the cases stand the two ceilings, measured first in the same run: the
-rates of a large matrix product and of a copy, and each step's share of them by what `model.plan` counts. A case that
+rates of a large matrix product and of a copy, and each step's share of them by what `head.plan` counts. A case that
 needs more memory than there is now is left out, and says so. Every run writes a dated file with hardware and versions
 to benchmark/results/.
 """
@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model.head import MarginHead
-from model.margin import arcface
-from model.plan import Form, HeadPlan
+from head.head import MarginHead
+from head.margins import arcface
+from head.plan import Form, HeadPlan
 from runtime.device import parse_device
 
 # A CPU's memory is given back when it is freed, so that the process's peak is what was in use.

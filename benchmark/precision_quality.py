@@ -23,8 +23,8 @@ import torch
 import data
 import optim
 from data.transforms import to_input
+from head.head import MarginHead
 from model import create_model
-from model.head import MarginHead
 from runtime.device import Device, parse_device
 from runtime.precision import POLICIES, Precision, parse_loss_scale
 

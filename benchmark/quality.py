@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.head import MarginHead
-from model.plan import FORMS
-from model.tables import bytes_per_row
+from head.head import MarginHead
+from head.plan import FORMS
+from head.storage import bytes_per_row
 from runtime.device import parse_device
 from verify.protocol import evaluate_pairs
 
@@ -50,7 +50,7 @@ BASE = "fp32 + fp32"
 
 
 def form_options(form) -> dict:
-    """A form of `model.plan` as `MarginHead` takes it."""
+    """A form of `head.plan` as `MarginHead` takes it."""
     return dict(
         dtype=form.dtype,
         momentum_dtype=form.momentum_dtype or torch.float32,
@@ -136,7 +136,7 @@ def train(problem, seed, steps=STEPS, head_lr=1.0, nearest=False, margin="arcfac
     optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
     untrained = problem.verify(net)
     losses, started = [], time.perf_counter()
-    with mock.patch("model.tables.round_stochastically", to_nearest) if nearest else nullcontext():
+    with mock.patch("head.storage.round_stochastically", to_nearest) if nearest else nullcontext():
         for step in range(steps):
             lr = LR * 0.1 ** sum(step >= milestone for milestone in MILESTONES)
             for group in optimizer.param_groups:

@@ -3,8 +3,8 @@
     python -m benchmark.scaling [--form "bf16 + int8"] [--sample_rate 0.1] [--batch_size 128] [--device_memory 139GiB]
     OMP_NUM_THREADS=1 python -m benchmark.scaling --check
 
-Without --check: arithmetic, from `model.plan`. Bytes of state and step, what is sent, and the step's floor, with the
-rates of `model.plan.Rates` and two assumptions that nobody measured here: a stage of a collective waits --latency,
+Without --check: arithmetic, from `head.plan`. Bytes of state and step, what is sent, and the step's floor, with the
+rates of `head.plan.Rates` and two assumptions that nobody measured here: a stage of a collective waits --latency,
 and a collective of n ranks has log2 n stages (an all_reduce twice as many). Every device has --batch_size images, so
 the batch grows with the devices. The backbone's own compute is not in it; the exchange of its gradient is.
 
@@ -34,9 +34,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from model.head import MarginHead
-from model.ops.chunked import chunk_rows
-from model.plan import FORMS, GIB, Collective, HeadPlan, Rates, parse_size
+from head.head import MarginHead
+from head.ops.chunked import chunk_rows
+from head.plan import FORMS, GIB, Collective, HeadPlan, Rates, parse_size
 from runtime.device import parse_device
 from runtime.dist import open_world, wrap_data_parallel
 

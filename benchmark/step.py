@@ -45,12 +45,13 @@ from benchmark.head import ENVIRONMENT, PlainPartialFC
 from benchmark.plain_backbones import PLAIN
 from data.faces import draw_face, draw_identity
 from data.transforms import to_input
-from model import ModelError, create_model
-from model.head import MarginHead
-from optim import SGD_KINDS, OptimError, make_sgd, parameter_groups, sgd_kind
+from head.head import MarginHead
+from model import create_model
+from optim import SGD_KINDS, make_sgd, parameter_groups, sgd_kind
 from runtime import log
-from runtime.device import Device, DeviceError, parse_device
-from runtime.precision import POLICIES, Precision, PrecisionError, parse_loss_scale
+from runtime.device import Device, parse_device
+from runtime.errors import UserError
+from runtime.precision import POLICIES, Precision, parse_loss_scale
 
 EMBEDDING_SIZE = 512
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -68,10 +69,9 @@ FAST = {
     "npu": ("plain", "default", "contiguous", "channels_last", "sgd_plain", "sgd_foreach", "tf32", "copied",
             "overlapped"),
 }  # fmt: skip
-USER_ERRORS = (DeviceError, ModelError, OptimError, PrecisionError)
 
 
-class BenchmarkError(ValueError):
+class BenchmarkError(UserError):
     """What was asked for cannot be measured here; one line with the cure."""
 
 
@@ -576,4 +576,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    log.run_command(main, (*USER_ERRORS, BenchmarkError))
+    log.run_command(main)

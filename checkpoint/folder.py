@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from checkpoint import CheckpointError, remote, sharded, store
+from checkpoint import remote, sharded, store
 from runtime.dist import World
+from runtime.errors import CheckpointError
 
 
 class RunFolder:

@@ -16,8 +16,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from checkpoint import CheckpointError
 from checkpoint.store import load_pth
+from runtime.errors import CheckpointError
 
 DEPTHS = {
     (2, 2, 2, 2): 18,

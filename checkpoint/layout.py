@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError
 from checkpoint.store import atomic_file, sync_folder
+from runtime.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ import threading
 import time
 from pathlib import Path
 
-from checkpoint import CheckpointError
 from checkpoint.store import atomic_file
+from runtime.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError, layout, store
+from checkpoint import layout, store
+from runtime.errors import CheckpointError
 from runtime.log import run_command, setup_logging
 from runtime.shard import RowShard
 
@@ -167,4 +168,4 @@ def main(arguments=None) -> None:
 
 if __name__ == "__main__":
     setup_logging()
-    run_command(main, expected=(CheckpointError,))
+    run_command(main)

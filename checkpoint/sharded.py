@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError, layout
+from checkpoint import layout
 from runtime.dist import ALONE, World
+from runtime.errors import CheckpointError
 from runtime.shard import RowShard
 
 try:

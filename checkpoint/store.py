@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint import CheckpointError
+from runtime.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

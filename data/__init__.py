@@ -10,11 +10,11 @@ from typing import Optional
 
 from data.base64_reader import Base64Dataset
 from data.dataset import ConcatDataset, ImageDataset
-from data.errors import DamagedItem, DataError
 from data.folder import has_class_folders, open_folder
 from data.image_list import open_image_list
 from data.images import recorded_channel_order
 from data.insightface import RecordIODataset
+from runtime.errors import DamagedItem, DataError
 
 __all__ = ["DATA_MODES", "DamagedItem", "DataError", "ImageDataset", "build_loader", "open_dataset"]
 

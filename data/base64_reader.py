@@ -13,8 +13,8 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from data.dataset import ImageDataset, settle_classes
-from data.errors import DamagedItem, DataError
 from data.images import inside
+from runtime.errors import DamagedItem, DataError
 
 _MAX_LINE = 64 << 20  # no image comes near it; a file without newlines must not be read whole
 

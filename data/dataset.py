@@ -7,8 +7,8 @@ from typing import Optional
 
 import numpy as np
 
-from data.errors import DamagedItem, DataError
 from data.images import check_channel_order, decode_image, image_size
+from runtime.errors import DamagedItem, DataError
 
 
 class ImageDataset:

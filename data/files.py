@@ -12,8 +12,8 @@ import numpy as np
 
 from data import kv_bin
 from data.dataset import ImageDataset, settle_classes
-from data.errors import DataError
 from data.images import read_file
+from runtime.errors import DataError
 
 
 class PackedStrings:

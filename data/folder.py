@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
-from data.errors import DataError
 from data.files import FileDataset, PackedStrings
 from data.images import IMAGE_SUFFIXES
+from runtime.errors import DataError
 
 
 def class_names(root) -> list[str]:

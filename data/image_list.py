@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Optional
 
-from data.errors import DataError
 from data.files import FileDataset, PackedStrings
 from data.images import inside
+from runtime.errors import DataError
 
 
 def read_list(path) -> Iterator[tuple[str, int]]:

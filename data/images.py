@@ -14,7 +14,7 @@ from typing import Optional
 import numpy as np
 from PIL import Image
 
-from data.errors import DamagedItem, DataError
+from runtime.errors import DamagedItem, DataError
 
 try:
     import simplejpeg

@@ -14,8 +14,8 @@ from typing import Optional
 import numpy as np
 
 from data.dataset import ImageDataset, settle_classes
-from data.errors import DamagedItem, DataError
 from data.recordio import MAX_EXACT_LABEL, RecordIOReader, to_class, unpack
+from runtime.errors import DamagedItem, DataError
 
 log = logging.getLogger(__name__)
 

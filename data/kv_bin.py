@@ -8,8 +8,8 @@ import struct
 from pathlib import Path
 
 from data import safe_pickle
-from data.errors import DamagedItem, DataError
 from data.images import read_file
+from runtime.errors import DamagedItem, DataError
 
 _LENGTH = struct.Struct("<I")
 

@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.dataset import ImageDataset
-from data.errors import DamagedItem, DataError
 from data.sampler import BatchSampler
+from runtime.errors import DamagedItem, DataError
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from typing import Optional
 import numpy as np
 
 from data import safe_pickle
-from data.errors import DamagedItem, DataError
 from data.images import (
     IMAGE_SUFFIXES,
     check_channel_order,
@@ -26,6 +25,7 @@ from data.images import (
     read_file,
     recorded_channel_order,
 )
+from runtime.errors import DamagedItem, DataError
 
 log = logging.getLogger(__name__)
 

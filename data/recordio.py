@@ -19,7 +19,7 @@ from typing import Optional, Union
 
 import numpy as np
 
-from data.errors import DamagedItem, DataError
+from runtime.errors import DamagedItem, DataError
 
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)

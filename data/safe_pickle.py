@@ -14,7 +14,7 @@ from typing import Any, Callable
 
 import numpy as np
 
-from data.errors import DataError
+from runtime.errors import DataError
 
 _DTYPES = {"u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8", "b1"}
 # Protocols 2 to 5, less what can name or build something else. Protocol 0's text forms are out as well.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.errors import DataError
+from runtime.errors import DataError
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:

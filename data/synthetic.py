@@ -15,10 +15,10 @@ from typing import Callable, Optional
 import numpy as np
 
 from data.dataset import ImageDataset
-from data.errors import DataError
 from data.faces import Identity, draw_face, draw_identity
 from data.pairs import write_bin
 from data.recordio import RecordIOWriter, pack
+from runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 

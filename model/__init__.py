@@ -14,10 +14,7 @@ from torch import nn
 from model.iresnet import STAGE_UNITS, IResNet, IRNet
 from model.mobilefacenet import MobileFaceNet
 from model.resnet import PLANS, ResNet
-
-
-class ModelError(ValueError):
-    """A net that does not exist or cannot be built as asked; the message is one line."""
+from runtime.errors import ModelError
 
 
 @dataclass(frozen=True)

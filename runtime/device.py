@@ -1,4 +1,4 @@
-"""One value says where a run computes: cpu, cuda or npu. The only file, beside model/ops/, that names their modules.
+"""One value says where a run computes: cpu, cuda or npu. The only file, beside head/ops/, that names their modules.
 
 `python -m runtime.device` prints what this machine has, what is missing for the rest, and how to get it.
 """
@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.errors import DeviceError
+
 if __name__ == "__main__":
     # A recent torch loads torch_npu at `import torch` and dies with a traceback where CANN is missing; as a command
     # this file has to say that in one line. Other commands have it from runtime.log.run_command.
@@ -30,10 +32,6 @@ if __name__ == "__main__":
 import torch
 
 logger = logging.getLogger(__name__)
-
-
-class DeviceError(RuntimeError):
-    """A device that cannot be had or cannot do what was asked; the message is one line with the cure."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class Device:
             if re.search(r"out of memory|not enough memory|can't allocate memory", said):
                 raise DeviceError(
                     f"{self} is out of memory ({_first_line(error)}): lower --batch_size, or split it "
-                    "with --accumulate; `python -m model.plan` says what the classes take"
+                    "with --accumulate; `python -m head.plan` says what the classes take"
                 ) from error
             if not re.search(self._kind.driver_errors, said):
                 raise
@@ -733,4 +731,4 @@ def _summary(kind: str) -> str:
 if __name__ == "__main__":
     from runtime.log import run_command
 
-    run_command(main, expected=(DeviceError,))
+    run_command(main)

@@ -18,11 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from runtime.device import Device, DeviceError, check_ranks
-
-
-class RankError(DeviceError):
-    """A rank died, hung or stopped with an error: the message names it."""
+from runtime.device import Device, check_ranks
+from runtime.errors import DeviceError, RankError
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,30 @@ import sys
 import time
 from pathlib import Path
 
+from runtime.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks; the class name where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+# A line for a terminal: what a hostile file's message brings beyond this is cut off.
+LINE_LENGTH = 300
 
 
-def run_command(main, expected=()) -> None:
+def one_line(error: BaseException | str) -> str:
+    """The message of an error as one printable line of at most LINE_LENGTH characters; its class where it has none."""
+    if isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        text = f"{names}: {error.strerror}" if names else error.strerror
+    else:
+        text = str(error)
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split())) or type(error).__name__
+    return text if len(text) <= LINE_LENGTH else f"{text[: LINE_LENGTH - 1]}\u2026"
+
+
+def run_command(main) -> None:
     """Run a command's main() and leave the process with its status.
 
-    expected: exception classes that a user can cause, or a function that imports and returns them. Each ends as
+    What a user can cause (`runtime.errors.UserError`, and an OSError about a path they gave) ends as
     `error: <one line>` on stderr and status 1; any other exception keeps its traceback, because it is a bug of ours.
     Ctrl-C ends with 130, as in a shell.
 
@@ -37,7 +49,7 @@ def run_command(main, expected=()) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         status = 130
-    except tuple(expected() if callable(expected) else expected) as error:
+    except (UserError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         status = 1
     sys.stdout.flush()

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from runtime.device import Device, DeviceError
+from runtime.device import Device
 from runtime.dist import ALONE, World
+from runtime.errors import DeviceError, PrecisionError
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # the base class has no public name
 LARGEST_FP16 = 65504.0
@@ -28,10 +29,6 @@ SATURATING_CHIPS = {
     "Ascend910A", "Ascend910B", "Ascend910ProA", "Ascend910ProB", "Ascend910PremiumA",
     "Ascend310P1", "Ascend310P2", "Ascend310P3", "Ascend310P4",
 }  # fmt: skip
-
-
-class PrecisionError(RuntimeError):
-    """One line: a policy that cannot be had, or a training whose gradients stay inf or nan, and the cure."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from runtime.device import Device, DeviceError
+from runtime.device import Device
+from runtime.errors import DeviceError
 
 logger = logging.getLogger(__name__)
 

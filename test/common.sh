@@ -91,7 +91,7 @@ def main():
     options = config.parse_arguments(sys.argv[2:], training=sys.argv[1] == "train.py", recipes=RECIPES)
     print(options.device_type, options.device_id, options.run_dir, sep="\n")
 
-run_command(main, (config.ConfigError,))
+run_command(main)
 '
 
 need_number() {  # NAME VALUE LOWEST

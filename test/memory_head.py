@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from model.head import MarginHead
+from head.head import MarginHead
 from runtime.device import Device
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError, layout, sharded
+from checkpoint import layout, sharded
 from runtime.dist import ALONE
+from runtime.errors import CheckpointError
 from runtime.shard import RowShard
 
 CLASSES, WIDTH = 1003, 6

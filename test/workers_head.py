@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.head import MarginHead
+from head.head import MarginHead
 from runtime.dist import wrap_data_parallel
 
 

@@ -11,8 +11,8 @@ import optim
 from config import replace
 from data.synthetic import SyntheticDataset
 from data.transforms import to_input
+from head.head import MarginHead
 from learner import Learner
-from model.head import MarginHead
 from runtime.device import Device
 from runtime.dist import wrap_data_parallel
 

@@ -11,7 +11,8 @@ from torch import nn
 import optim
 from runtime.device import Device
 from runtime.dist import ALONE
-from runtime.precision import LossScaling, Precision, PrecisionError, first_non_finite
+from runtime.errors import PrecisionError
+from runtime.precision import LossScaling, Precision, first_non_finite
 
 STAND_IN = str(Path(__file__).resolve().parent / "apex_stand_in")
 STATIC = LossScaling(init_loss_scaling=128.0, use_dynamic_loss_scaling=False)
@@ -45,7 +46,7 @@ class Net(nn.Module):
 
 
 class Head:
-    """Class centers [5, 4] with a gradient of their own, as model.head.MarginHead has them."""
+    """Class centers [5, 4] with a gradient of their own, as head.head.MarginHead has them."""
 
     def __init__(self):
         self.weight = torch.linspace(-1, 1, 20).reshape(5, 4).requires_grad_()

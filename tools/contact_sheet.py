@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from data import DataError, open_dataset
+from data import open_dataset
 from data.images import contact_sheet
 from runtime.log import run_command
 
@@ -18,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, (DataError, OSError))
+    run_command(main)

@@ -18,10 +18,10 @@ from typing import Optional
 import numpy as np
 from tqdm import tqdm
 
-from data.errors import DamagedItem, DataError
 from data.images import channel_order_path
 from data.insightface import RecordIODataset
 from data.pairs import VERIFICATION_SETS, load_pairs
+from runtime.errors import DamagedItem, DataError
 from runtime.log import run_command
 
 _SUFFIXES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"RIFF", ".webp"))
@@ -125,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, expected=(DataError,))
+    run_command(main)

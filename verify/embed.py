@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.dist import ALONE
+from runtime.errors import PairError
 from runtime.shard import RowShard
 from verify import plot
-from verify.protocol import PairError, PairResult, evaluate_pairs
+from verify.protocol import PairResult, evaluate_pairs
 
 # torch 1.8 has no inference_mode
 without_gradient = getattr(torch, "inference_mode", torch.no_grad)

@@ -12,13 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from runtime.errors import GalleryError
+
 UNKNOWN = "Unknown"
 FILE_NAME = "facebank.npz"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")
-
-
-class FaceBankError(ValueError):
-    """A folder or file that is no face bank; the message is one line."""
 
 
 def build_facebank(folder, embed, read_image) -> tuple[np.ndarray, list[str]]:
@@ -26,7 +24,7 @@ def build_facebank(folder, embed, read_image) -> tuple[np.ndarray, list[str]]:
 
     embed: uint8 [n, 112, 112, 3] -> unit embeddings [n, D]; read_image: path -> uint8 [H, W, 3].
     A person's embedding is the mean of their images' (not normalised again, as thresholds in use expect). Names begin
-    with "Unknown", so that `names[index + 1]` names what `nearest` found. Raises FaceBankError where nobody is found or
+    with "Unknown", so that `names[index + 1]` names what `nearest` found. Raises GalleryError where nobody is found or
     an image is not 112x112.
     """
     folder = Path(folder)
@@ -39,13 +37,13 @@ def build_facebank(folder, embed, read_image) -> tuple[np.ndarray, list[str]]:
         images = [read_image(path) for path in paths]
         for path, image in zip(paths, images):
             if image.shape != (112, 112, 3):
-                raise FaceBankError(
+                raise GalleryError(
                     f"{path} is {image.shape[1]}x{image.shape[0]}: align and crop faces to 112x112 first"
                 )
         embeddings.append(embed(np.stack(images)).mean(axis=0))
         names.append(person.name)
     if not embeddings:
-        raise FaceBankError(f"{folder} holds no face bank: expected {folder}/<person>/<image>.jpg")
+        raise GalleryError(f"{folder} holds no face bank: expected {folder}/<person>/<image>.jpg")
     return np.stack(embeddings).astype(np.float32), names
 
 
@@ -63,20 +61,20 @@ def save_facebank(folder, embeddings_MD, names) -> Path:
 
 
 def load_facebank(folder) -> tuple[np.ndarray, list[str]]:
-    """What `save_facebank` wrote; pickled content is refused. Raises FaceBankError."""
+    """What `save_facebank` wrote; pickled content is refused. Raises GalleryError."""
     path = Path(folder) / FILE_NAME
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise FaceBankError("it is compressed, which ours never are")  # a small file may unpack to terabytes
+                raise GalleryError("it is compressed, which ours never are")  # a small file may unpack to terabytes
         with np.load(path, allow_pickle=False) as bank:
             embeddings_MD, names = bank["embeddings"], bank["names"].tolist()
     except FileNotFoundError:
-        raise FaceBankError(f"{path} does not exist: build the face bank first") from None
+        raise GalleryError(f"{path} does not exist: build the face bank first") from None
     except Exception as error:  # numpy lets zipfile's, zlib's and its own errors through
-        raise FaceBankError(f"{path} is not a face bank: {error}") from error
+        raise GalleryError(f"{path} is not a face bank: {error}") from error
     if embeddings_MD.ndim != 2 or len(names) != len(embeddings_MD) + 1:
-        raise FaceBankError(f"{path} is not a face bank: {embeddings_MD.shape} embeddings, {len(names)} names")
+        raise GalleryError(f"{path} is not a face bank: {embeddings_MD.shape} embeddings, {len(names)} names")
     return embeddings_MD, names
 
 
@@ -88,9 +86,9 @@ def nearest(source_BD, target_MD, threshold: float) -> tuple[torch.Tensor, torch
     source_BD = torch.as_tensor(source_BD)
     target_MD = torch.as_tensor(target_MD).to(source_BD)
     if target_MD.ndim != 2 or not len(target_MD):
-        raise FaceBankError("the face bank is empty")
+        raise GalleryError("the face bank is empty")
     if source_BD.ndim != 2 or source_BD.shape[1] != target_MD.shape[1]:
-        raise FaceBankError(
+        raise GalleryError(
             f"faces' embeddings {tuple(source_BD.shape)} and face bank's {tuple(target_MD.shape)} do not fit: "
             "they come from different models"
         )

@@ -20,16 +20,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime.errors import PairError
+
 THRESHOLDS_T = np.arange(0, 4, 0.01)
 FARS = (1e-3, 1e-4)
 # Unit vectors are at most 4 apart; the slack is for embeddings that were normalised in half precision.
 LARGEST_DISTANCE = 4.01
 # Rows whose float64 difference (512 wide) stays in the second-level cache: 2.5 times as fast as all rows at once.
 ROWS_AT_ONCE = 128
-
-
-class PairError(ValueError):
-    """Pairs that cannot be judged; the message is one line."""
 
 
 class Fold(NamedTuple):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import logging
 
-from checkpoint import CheckpointError, layout, reshard
+from checkpoint import layout, reshard
+from runtime.errors import CheckpointError
 from runtime.log import run_command, setup_logging
 
 log = logging.getLogger(__name__)
@@ -62,4 +63,4 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     setup_logging()
-    run_command(main, expected=(CheckpointError,))
+    run_command(main)

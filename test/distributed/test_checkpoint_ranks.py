@@ -11,8 +11,9 @@ import torch
 import workers_checkpoint as workers
 from ranks import run_ranks
 
-from checkpoint import CheckpointError, layout, sharded
+from checkpoint import layout, sharded
 from runtime.dist import ALONE
+from runtime.errors import CheckpointError
 from runtime.shard import RowShard
 
 pytestmark = pytest.mark.skipif(not sharded.available(), reason=f"no sharded checkpoints on torch {torch.__version__}")

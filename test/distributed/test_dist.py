@@ -11,8 +11,9 @@ import workers_runtime as workers
 from ranks import free_port, run_ranks
 
 from runtime import dist as module
-from runtime.device import Device, DeviceError
-from runtime.dist import ALONE, RankError, World, open_world, world_env, wrap_data_parallel
+from runtime.device import Device
+from runtime.dist import ALONE, World, open_world, world_env, wrap_data_parallel
+from runtime.errors import DeviceError, RankError
 
 pytestmark = pytest.mark.core
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -7,9 +7,9 @@ import torch
 import workers_head
 from ranks import run_ranks
 
-from model import ModelError
-from model.head import MarginHead
+from head.head import MarginHead
 from runtime.dist import ALONE, World
+from runtime.errors import ModelError
 
 pytestmark = pytest.mark.core
 

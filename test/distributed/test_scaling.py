@@ -7,7 +7,7 @@ import torch
 from ranks import run_ranks
 
 from benchmark import scaling
-from model.plan import HeadPlan
+from head.plan import HeadPlan
 from runtime.dist import ALONE
 
 pytestmark = pytest.mark.core

@@ -8,8 +8,8 @@ import torch
 
 import model.iresnet
 from data.transforms import to_input
+from head.head import MarginHead
 from model import create_model
-from model.head import MarginHead
 from optim import head_weight_decay, make_sgd, parameter_groups
 from runtime.device import Device
 from runtime.precision import LossScaling, Precision

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.device import Device, DeviceError, best_kind, device_count, parse_device, reason_unavailable
+from runtime.device import Device, best_kind, device_count, parse_device, reason_unavailable
+from runtime.errors import DeviceError
 
 pytestmark = pytest.mark.npu
 

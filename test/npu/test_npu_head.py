@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.head import MarginHead
+from head.head import MarginHead
 
 pytestmark = pytest.mark.npu
 

@@ -11,8 +11,8 @@ import torch
 from benchmark import step
 from benchmark.plain_backbones import PLAIN
 from model import create_model
-from runtime.device import Device, DeviceError
-from runtime.precision import PrecisionError
+from runtime.device import Device
+from runtime.errors import DeviceError, PrecisionError
 
 CPU = Device("cpu")
 OLD_TORCH = not hasattr(torch, "autocast")

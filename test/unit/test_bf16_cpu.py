@@ -14,8 +14,9 @@ import evaluate
 from checkpoint import store
 from config import Config, replace
 from learner import Learner
-from runtime.device import Device, DeviceError
+from runtime.device import Device
 from runtime.dist import ALONE
+from runtime.errors import DeviceError
 from runtime.precision import POLICIES
 
 pytestmark = pytest.mark.core

@@ -11,12 +11,13 @@ import pytest
 from tiny_set import jpeg, make_tiny_set
 from workers_data import digest, encode, picture
 
-from data import DATA_MODES, DamagedItem, DataError, base64_reader, kv_bin, open_dataset
+from data import DATA_MODES, base64_reader, kv_bin, open_dataset
 from data.base64_reader import Base64Dataset
 from data.files import PackedStrings
 from data.folder import open_folder
 from data.image_list import open_image_list, read_list, write_list
 from data.images import decode_image
+from runtime.errors import DamagedItem, DataError
 
 pytestmark = pytest.mark.core
 

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from workers_data import encode, picture, with_claimed_size
 
-from data import DamagedItem, DataError, images, open_dataset
+from data import images, open_dataset
 from data.images import contact_sheet, decode_image, image_size, inside, recorded_channel_order
 from data.synthetic import SyntheticDataset
+from runtime.errors import DamagedItem, DataError
 
 pytestmark = pytest.mark.core
 

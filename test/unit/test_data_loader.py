@@ -10,13 +10,13 @@ import torch
 from tiny_set import jpeg, make_tiny_set
 from workers_data import write_records
 
-from data import DataError, build_loader, open_dataset
+from data import build_loader, open_dataset
 from data.dataset import ImageDataset
-from data.errors import DamagedItem
 from data.recordio import RecordIOReader, pack
 from data.sampler import BatchSampler, epoch_order
 from data.synthetic import SyntheticDataset
 from data.transforms import to_input
+from runtime.errors import DamagedItem, DataError
 
 pytestmark = pytest.mark.core
 

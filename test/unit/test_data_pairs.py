@@ -14,9 +14,10 @@ import pytest
 from tiny_set import jpeg
 from workers_data import encode, picture, with_claimed_size
 
-from data import DataError, safe_pickle
+from data import safe_pickle
 from data.images import decode_image
 from data.pairs import VERIFICATION_SETS, find_pair_sets, load_pairs, write_bin, write_folder
+from runtime.errors import DataError
 
 pytestmark = pytest.mark.core
 

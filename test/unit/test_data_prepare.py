@@ -10,9 +10,10 @@ import pytest
 from tiny_set import jpeg, make_tiny_set
 from workers_data import encode, picture, write_records
 
-from data import DataError, open_dataset
+from data import open_dataset
 from data.pairs import load_pairs
 from data.recordio import RecordIOReader, pack, unpack
+from runtime.errors import DataError
 from tools import prepare_data
 from tools.prepare_data import prepare
 

@@ -12,9 +12,10 @@ import pytest
 from tiny_set import jpeg, make_tiny_set
 from workers_data import digest, write_records
 
-from data import DamagedItem, DataError, open_dataset
+from data import open_dataset
 from data.insightface import RecordIODataset
 from data.recordio import MAGIC, RecordIOReader, RecordIOWriter, pack, unpack
+from runtime.errors import DamagedItem, DataError
 
 pytestmark = pytest.mark.core
 

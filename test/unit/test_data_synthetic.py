@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from data import DataError, open_dataset, synthetic
+from data import open_dataset, synthetic
 from data.faces import draw_face, draw_identity
 from data.pairs import load_pairs, read_bin
+from runtime.errors import DataError
 
 pytestmark = pytest.mark.core
 

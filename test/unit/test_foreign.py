@@ -9,10 +9,10 @@ import pytest
 import torch
 from plain_nets import plain_forward, randomise_
 
-from checkpoint import CheckpointError
 from checkpoint.foreign import load_foreign
 from checkpoint.store import save_pth
 from model import BACKBONES, create_model
+from runtime.errors import CheckpointError
 
 pytestmark = pytest.mark.core
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import ModelError
-from model import margin as margins
-from model.centers import Centers
-from model.head import MarginHead
-from model.tables import ByteTable, Noise, bytes_per_row, make_table, round_stochastically
+from head import margins
+from head.centers import Centers
+from head.head import MarginHead
+from head.storage import ByteTable, Noise, bytes_per_row, make_table, round_stochastically
+from runtime.errors import ModelError
 from runtime.shard import RowShard
 
 pytestmark = pytest.mark.core
@@ -136,7 +136,7 @@ def test_a_step_with_found_inf_moves_nothing_and_drops_the_gradient(kw):
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_the_update_on_a_device_that_is_not_asked_whether_it_counts(momentum):
     """There found_inf stays a tensor: the same numbers where it is 0, not a bit changed where it is 1."""
-    from model.centers import Update
+    from head.centers import Update
 
     generator = torch.Generator().manual_seed(0)
     weight_KW, velocity_KW, grad_KW = (torch.randn(5, 4, generator=generator) for _ in range(3))
@@ -332,7 +332,7 @@ def test_a_failure_of_the_host_thread_is_not_lost(monkeypatch):
 
 
 def test_a_fresh_row_depends_on_its_number_only(monkeypatch):
-    from model import centers
+    from head import centers
 
     monkeypatch.setattr(centers, "INIT_ROWS", 7)
     whole = Centers(RowShard.of(40), D, seed=5).weight

@@ -10,9 +10,10 @@ import torch
 from remote_stores import WebHDFS, serve
 from tiny_set import make_tiny_set
 
-from checkpoint import CheckpointError, remote, sharded
+from checkpoint import remote, sharded
 from config import Config, replace
 from learner import Learner
+from runtime.errors import CheckpointError
 
 pytest.importorskip("fsspec", reason="remote stores need fsspec")
 pytest.importorskip("requests", reason="webhdfs:// needs requests")

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from model import ModelError
-from model.margin import (
+from head.margins import (
     MARGINS,
     NormStatistics,
     adaface,
@@ -19,6 +18,7 @@ from model.margin import (
     find_margin,
     softmax,
 )
+from runtime.errors import ModelError
 
 pytestmark = pytest.mark.core
 

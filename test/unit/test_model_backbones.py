@@ -11,7 +11,8 @@ import torch
 from plain_nets import plain_forward, randomise_
 from torch import nn
 
-from model import BACKBONES, ModelError, create_model, describe
+from model import BACKBONES, create_model, describe
+from runtime.errors import ModelError
 
 pytestmark = pytest.mark.core
 

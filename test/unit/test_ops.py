@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import ModelError
-from model import margin as margins
-from model.centers import Centers
-from model.ops import LossSpec, choose_op, chunked
-from model.ops.reference import eager_loss
+from head import margins
+from head.centers import Centers
+from head.ops import LossSpec, choose_op, chunked
+from head.ops.reference import eager_loss
 from runtime.dist import ALONE
+from runtime.errors import ModelError
 from runtime.shard import RowShard
 
 pytestmark = pytest.mark.core

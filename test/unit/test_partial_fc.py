@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import margin as margins
-from model.head import MarginHead
-from model.margin import MARGINS
-from model.partial_fc import Draw, KeyedPermutation
+from head import margins
+from head.head import MarginHead
+from head.margins import MARGINS
+from head.sampler import Draw, KeyedPermutation
 
 pytestmark = pytest.mark.core
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import ModelError
-from model.plan import FORMS, GIB, Form, HeadPlan, Rates, check, main, parse_size, table
+from head.plan import FORMS, GIB, Form, HeadPlan, Rates, check, main, parse_size, table
+from runtime.errors import ModelError
 
 pytestmark = pytest.mark.core
 

@@ -10,15 +10,15 @@ from torch import nn
 from workers_precision import CPU, STATIC, AnyType, Head, Net, Run, same
 
 import optim
-from runtime.device import Device, DeviceError
+from runtime.device import Device
 from runtime.dist import ALONE
+from runtime.errors import DeviceError, PrecisionError
 from runtime.precision import (
     LARGEST_FP16,
     POLICIES,
     LossScale,
     LossScaling,
     Precision,
-    PrecisionError,
     first_non_finite,
     parse_loss_scale,
     unscale_and_check_,

@@ -10,7 +10,8 @@ from workers_precision import STAND_IN, STATIC, Run, same
 
 import optim
 from runtime.device import Device
-from runtime.precision import LossScaling, Precision, PrecisionError, first_non_finite
+from runtime.errors import PrecisionError
+from runtime.precision import LossScaling, Precision, first_non_finite
 
 pytestmark = pytest.mark.core
 OLD_TORCH = int(torch.__version__.split(".")[0]) < 2

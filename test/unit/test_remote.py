@@ -10,7 +10,8 @@ import socket
 import pytest
 from remote_stores import S3, WebHDFS, serve
 
-from checkpoint import CheckpointError, remote
+from checkpoint import remote
+from runtime.errors import CheckpointError
 
 pytest.importorskip("fsspec", reason="remote stores need fsspec")
 

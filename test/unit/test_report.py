@@ -11,8 +11,8 @@ import sys
 import pytest
 
 import report
-from report import ReportError
 from runtime.dist import ALONE
+from runtime.errors import ReportError
 from runtime.log import RunLog
 
 pytestmark = pytest.mark.core

@@ -12,11 +12,12 @@ import torch
 import workers_checkpoint as workers
 from tiny_set import make_tiny_set
 
-from checkpoint import CheckpointError, layout, reshard, sharded, store
+from checkpoint import layout, reshard, sharded, store
 from config import parse_arguments
 from learner import Learner
 from plsc.utils import process_distfc_parameter
 from runtime.dist import ALONE, World
+from runtime.errors import CheckpointError
 from runtime.shard import RowShard
 
 needs_sharded = pytest.mark.skipif(

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from runtime.dist import ALONE
-from runtime.log import RunLog, run_command, setup_logging
+from runtime.errors import UserError
+from runtime.log import LINE_LENGTH, RunLog, run_command, setup_logging
 
 pytestmark = pytest.mark.core
 
@@ -22,9 +23,9 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def command_that(action, expected=(ValueError,)):
+def command_that(action):
     with pytest.raises(SystemExit) as ended:
-        run_command(action, expected)
+        run_command(action)
     return ended.value.code
 
 
@@ -35,25 +36,33 @@ def raising(error):
     return main
 
 
-def test_an_expected_error_is_one_line_and_status_1(capsys):
-    assert command_that(raising(ValueError("lfw.bin: cut off\n  after 3 images\n"))) == 1
+@pytest.mark.parametrize("kind", [UserError, *UserError.__subclasses__()])
+def test_what_a_user_causes_is_one_line_and_status_1(kind, capsys):
+    assert command_that(raising(kind("lfw.bin: cut off\n  after 3 images\n"))) == 1
     captured = capsys.readouterr()
     assert captured.err == "error: lfw.bin: cut off after 3 images\n" and captured.out == ""
 
 
-def test_expected_errors_may_be_found_late(capsys):
-    assert command_that(raising(KeyError("x")), lambda: (KeyError,)) == 1
-    assert capsys.readouterr().err == "error: 'x'\n"
+def test_a_path_that_cannot_be_opened_is_one_line(tmp_path, capsys):
+    assert command_that(lambda: open(tmp_path / "absent")) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/absent: No such file or directory\n"
+
+
+def test_a_hostile_message_is_cut_and_cannot_write_to_the_terminal(capsys):
+    assert command_that(raising(UserError("label \x1b[2Jx\u202e" + "9" * 5000))) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: label \ufffd[2Jx\ufffd999") and len(line) == len("error: ") + LINE_LENGTH + 1
 
 
 def test_an_error_without_words_shows_its_class(capsys):
-    assert command_that(raising(ValueError())) == 1
-    assert capsys.readouterr().err == "error: ValueError\n"
+    assert command_that(raising(UserError())) == 1
+    assert capsys.readouterr().err == "error: UserError\n"
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run_command(raising(ZeroDivisionError()), (ValueError,))
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), ValueError("x"), KeyError("x")])
+def test_a_bug_keeps_its_traceback(bug):
+    with pytest.raises(type(bug)):
+        run_command(raising(bug))
 
 
 @pytest.mark.parametrize("returned, status", [(None, 0), (0, 0), (3, 3)])

@@ -17,7 +17,8 @@ from checkpoint import store
 from config import Config, replace
 from learner import Learner
 from runtime import device as device_module
-from runtime.device import Device, DeviceError
+from runtime.device import Device
+from runtime.errors import DeviceError
 
 pytestmark = pytest.mark.core
 CPU = Device("cpu")

@@ -16,7 +16,8 @@ import easydict
 import pytest
 import torch
 
-from checkpoint import CheckpointError, store
+from checkpoint import store
+from runtime.errors import CheckpointError
 
 pytestmark = pytest.mark.core
 

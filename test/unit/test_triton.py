@@ -7,12 +7,12 @@ import importlib.util
 import pytest
 import torch
 
-from model import ModelError
-from model import margin as margins
-from model.centers import Centers, Update
-from model.head import MarginHead
-from model.ops import LossSpec, choose_op, chunked
+from head import margins
+from head.centers import Centers, Update
+from head.head import MarginHead
+from head.ops import LossSpec, choose_op, chunked
 from runtime.dist import ALONE
+from runtime.errors import ModelError
 from runtime.shard import RowShard
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -34,7 +34,7 @@ def interpreter():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    from model.ops import cuda
+    from head.ops import triton as cuda
 
     monkeypatch.setattr(cuda, "BLOCK_B", 16)
     monkeypatch.setattr(cuda, "BLOCK_K", 16)

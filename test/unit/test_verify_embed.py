@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from workers_verify import CPU, Recorded, noise_images, small_net, to_input
 
+from runtime.errors import PairError
 from verify.embed import as_record, embed_images, verify
-from verify.protocol import PairError
 
 pytestmark = pytest.mark.core
 

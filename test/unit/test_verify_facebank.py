@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from runtime.errors import GalleryError
 from verify import facebank
-from verify.facebank import FaceBankError
 
 pytestmark = pytest.mark.core
 
@@ -74,23 +74,23 @@ def test_no_face_gives_no_answer():
     (np.zeros((0, 4)), "empty"), (np.zeros((3, 5)), "different models"), (np.zeros(4), "empty"),
 ])  # fmt: skip
 def test_a_face_bank_that_does_not_fit(target, words):
-    with pytest.raises(FaceBankError, match=words):
+    with pytest.raises(GalleryError, match=words):
         facebank.nearest(np.zeros((2, 4)), target, 1.5)
 
 
 def test_folders_that_are_no_face_bank(people, tmp_path):
-    with pytest.raises(FaceBankError, match="missing holds no face bank"):
+    with pytest.raises(GalleryError, match="missing holds no face bank"):
         facebank.build_facebank(tmp_path / "missing", colour, read_image)
-    with pytest.raises(FaceBankError, match="nobody holds no face bank"):
+    with pytest.raises(GalleryError, match="nobody holds no face bank"):
         facebank.build_facebank(people / "nobody", colour, read_image)
     Image.new("RGB", (100, 120)).save(people / "ann" / "9.png")
-    with pytest.raises(FaceBankError, match=r"9\.png is 100x120: align and crop"):
+    with pytest.raises(GalleryError, match=r"9\.png is 100x120: align and crop"):
         facebank.build_facebank(people, colour, read_image)
 
 
 def test_files_that_are_no_face_bank(tmp_path):
     def refused(words):
-        with pytest.raises(FaceBankError, match=words) as error:
+        with pytest.raises(GalleryError, match=words) as error:
             facebank.load_facebank(tmp_path)
         assert "\n" not in str(error.value)
 

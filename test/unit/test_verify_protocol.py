@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmark.protocol import evaluate_pairs_plainly, make_pairs
-from verify.protocol import PairError, evaluate_pairs
+from runtime.errors import PairError
+from verify.protocol import evaluate_pairs
 
 pytestmark = pytest.mark.core
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model import ModelError
-from model.centers import Centers
-from model.margin import NormStatistics, find_margin
-from model.ops import LossSpec, accumulate_dtype, choose_op
-from model.partial_fc import Draw
+from head.centers import Centers
+from head.margins import NormStatistics, find_margin
+from head.ops import LossSpec, accumulate_dtype, choose_op
+from head.sampler import Draw
 from runtime.dist import ALONE
+from runtime.errors import ModelError
 from runtime.shard import RowShard
 
 
@@ -33,12 +33,12 @@ class HeadOutput(NamedTuple):
 class MarginHead(nn.Module):
     """Embeddings and labels in, loss out.
 
-    margin: a name of `model.margin.MARGINS`; m: its own default if None; combined: (m1, m2, m3) of "combined".
+    margin: a name of `head.margins.MARGINS`; m: its own default if None; combined: (m1, m2, m3) of "combined".
     s: scale of the cosines ("linear_softmax", x W + b, has none).
     world: the ranks that share the classes. sharded=False: every rank holds all centers and sees its own images only,
     and their gradients are averaged (data parallel; PLSC's `arcface` and `softmax`).
-    op: a name of `model.ops`, or "auto".
-    sample_rate: share of a rank's centers that takes part in a training step (Partial FC, `model.partial_fc`).
+    op: a name of `head.ops`, or "auto".
+    sample_rate: share of a rank's centers that takes part in a training step (Partial FC, `head.sampler`).
     update_rows: "drawn" moves the drawn centers only, "all" decays and moves every one, as arcface_torch does.
     update: "step" collects the centers' gradient until `step`; "backward" updates them inside the backward walk, so
     that no gradient of theirs exists: call `set_lr` before forward, once an update (every backward is one, nothing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.ops import HeadOp, LossResult, full_precision, target_values
+from head.ops import HeadOp, LossResult, full_precision, target_values
 
 
 def unit_rows(rows_ND: torch.Tensor) -> torch.Tensor:

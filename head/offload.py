@@ -16,7 +16,7 @@ import torch
 
 
 class HostTable:
-    """A table (`model.tables`) on the host, used by `device`."""
+    """A table (`head.storage`) on the host, used by `device`."""
 
     def __init__(self, table, device: torch.device):
         self.table, self.device = table, device

@@ -14,7 +14,7 @@ from typing import Callable
 
 import torch
 
-from model import ModelError
+from runtime.errors import ModelError
 
 
 def softmax(cos_B: torch.Tensor) -> tuple:

@@ -3,7 +3,7 @@
     op(emb_BD, rows, column_B, spec, world) -> LossResult
 
 emb_BD: the whole batch (all ranks'), float32 or float64, not normalised.
-rows: the centers that take part, [R, D], and where their gradient goes: `model.centers.Rows`.
+rows: the centers that take part, [R, D], and where their gradient goes: `head.centers.Rows`.
 column_B: int64, the target's place among those rows; -1 where another rank holds it.
 spec: the loss, `LossSpec`.   world: the ranks that share the classes.
 
@@ -20,7 +20,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from model import ModelError
+from runtime.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LossResult(NamedTuple):
 @dataclass(frozen=True)
 class HeadOp:
     """One implementation. reason_against(device) -> why it cannot run there, or None. update_rows: its own SGD on
-    rows, if it has one (`model.centers.Rows.update`)."""
+    rows, if it has one (`head.centers.Rows.update`)."""
 
     name: str
     run: Callable
@@ -59,9 +59,9 @@ class HeadOp:
 
 
 def _operators() -> dict:
-    from model.ops import chunked, cuda, reference
+    from head.ops import chunked, reference, triton
 
-    return {op.name: op for op in (chunked.OP, cuda.OP, reference.OP)}
+    return {op.name: op for op in (chunked.OP, triton.OP, reference.OP)}
 
 
 def choose_op(name: str, device: torch.device) -> HeadOp:

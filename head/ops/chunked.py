@@ -18,8 +18,8 @@ import math
 
 import torch
 
-from model import ModelError
-from model.ops import HeadOp, LossResult, accumulate_dtype, full_precision, target_values
+from head.ops import HeadOp, LossResult, accumulate_dtype, full_precision, target_values
+from runtime.errors import ModelError
 
 # Bytes of a chunk's buffers: on a CPU they should stay in the cache, an accelerator wants large products.
 CHUNK_BYTES = {"cpu": 8 * 2**20}

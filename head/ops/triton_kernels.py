@@ -1,4 +1,4 @@
-"""The Triton kernels of `model.ops.cuda`. Importing this needs triton; with TRITON_INTERPRET=1 they run on a CPU.
+"""The Triton kernels of `head.ops.triton`. Importing this needs triton; with TRITON_INTERPRET=1 they run on a CPU.
 
 Row and column numbers are widened to int64 before they become addresses: 10^8 rows of 512 pass 2^31.
 """

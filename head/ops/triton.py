@@ -13,10 +13,10 @@ import os
 
 import torch
 
-from model import ModelError
-from model.ops import HeadOp, LossResult
-from model.ops.chunked import MarginLoss, Walk
-from model.tables import BLOCK, DROPPED_BITS, VELOCITY_NOISE, ByteTable, mix
+from head.ops import HeadOp, LossResult
+from head.ops.chunked import MarginLoss, Walk
+from head.storage import BLOCK, DROPPED_BITS, VELOCITY_NOISE, ByteTable, mix
+from runtime.errors import ModelError
 
 BLOCK_B, BLOCK_K, BLOCK_D = 64, 128, 64
 SCAN_TILES = 16  # tiles of rows that one program walks
@@ -76,7 +76,7 @@ class _TritonWalk(Walk):
         return tensors, flags
 
     def scan(self, plain_B):
-        from model.ops.triton_kernels import scan_kernel
+        from head.ops.triton_kernels import scan_kernel
 
         batch, dim = self.unit_BD.shape
         programs = -(-self.rows.count // (BLOCK_K * SCAN_TILES))
@@ -101,7 +101,7 @@ class _TritonWalk(Walk):
         return top_B, (total * (top - top_B).exp()).sum(0), best.amax(0), better.sum(0)
 
     def probabilities(self, start, stop, grad_B, shift_B, minus_B, buffers):
-        from model.ops.triton_kernels import probability_kernel
+        from head.ops.triton_kernels import probability_kernel
 
         batch, dim = self.unit_BD.shape
         count, tiles = stop - start, -(-batch // BLOCK_B)
@@ -129,7 +129,7 @@ class _TritonWalk(Walk):
         """The rows as the gradient product's operand: `Walk._operand` in one pass."""
         if not self.low and self.rows.index_R is None:
             return self.rows.read(start, stop).to(self.operand)
-        from model.ops.triton_kernels import unit_rows_kernel
+        from head.ops.triton_kernels import unit_rows_kernel
 
         count, dim = stop - start, self.unit_BD.shape[1]
         tensors, flags = self._arguments()
@@ -156,7 +156,7 @@ class _TritonWalk(Walk):
 
 def update_rows(grad_KW, table, where, velocity, place, scale_K, along_K, update, first_row) -> None:
     """`Rows.update`'s arithmetic on tables: table at `where`, velocity (or None) at `place`. grad_KW is used up."""
-    from model.ops.triton_kernels import update_kernel
+    from head.ops.triton_kernels import update_kernel
 
     count, width = grad_KW.shape
     of_bytes = isinstance(velocity, ByteTable)

@@ -1,6 +1,6 @@
 """What a head costs before it is built: bytes on the device and on the host, a step's traffic, its floor in time.
 
-    python -m model.plan --classes 100e6 --embedding_size 512 --world_size 1 --device_memory 139GiB \\
+    python -m head.plan --classes 100e6 --embedding_size 512 --world_size 1 --device_memory 139GiB \\
         --host_memory 112GiB --sample_rate 0.02
 
 prints every form of the state, what fits, and up to how many classes. `check` is for the trainer: it refuses what does
@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 import torch
 
-from model import ModelError
-from model.centers import STEP_ROWS
-from model.ops.chunked import chunk_rows
-from model.partial_fc import Draw
-from model.tables import bytes_per_row
+from head.centers import STEP_ROWS
+from head.ops.chunked import chunk_rows
+from head.sampler import Draw
+from head.storage import bytes_per_row
+from runtime.errors import ModelError
 from runtime.log import run_command
 from runtime.shard import RowShard
 
@@ -283,7 +283,7 @@ def check(plan: HeadPlan, device_memory: float, host_memory: float) -> None:
     raise ModelError(
         f"{plan.classes:,} class centers need {plan.device_bytes / GIB:.1f} GiB on the device "
         f"({device_memory / GIB:.1f} are there for them) and {plan.host_state / GIB:.1f} GiB on the host "
-        f"({host_memory / GIB:.1f} are there): {cure}; python -m model.plan shows every choice"
+        f"({host_memory / GIB:.1f} are there): {cure}; python -m head.plan shows every choice"
     )
 
 
@@ -333,4 +333,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, expected=(ModelError,))
+    run_command(main)

@@ -11,10 +11,10 @@ import math
 
 import torch
 
-from model import ModelError
-from model.ops import accumulate_dtype
-from model.staging import HostTable
-from model.tables import ByteTable, FloatTable, Noise, make_table, rows_of
+from head.offload import HostTable
+from head.ops import accumulate_dtype
+from head.storage import ByteTable, FloatTable, Noise, make_table, rows_of
+from runtime.errors import ModelError
 from runtime.shard import RowShard
 
 STEP_ROWS = 8192  # rows of a step's temporaries

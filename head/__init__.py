@@ -1,0 +1,4 @@
+"""The classification head: margins, class centers sharded over the ranks, sampled classes, and what they cost.
+
+`head.head.MarginHead` is the module that trains; `head.plan` says what a number of classes takes before it is built.
+"""
