@@ -57,7 +57,12 @@ class Config:
     data_mode: str = option("emore", "vgg, ms1m, emore, concat, synthetic, or a folder's name under data_path")
     data_path: str = option("./data/faces_emore", "training set of any format; for evaluation a folder or one set")
     num_classes: int = option(0, "number of classes; 0 = as the data set says")
-    channel_order: str = option("", "channel order of foreign data or weights", ("", "rgb", "bgr"))
+    channel_order: str = option(
+        "", "channel order of another project's data; as its format says when not given", ("", "rgb", "bgr")
+    )
+    weights_channel_order: str = option(
+        "", "channel order that another project's weights (--pth_path) were trained on", ("", "rgb", "bgr")
+    )
     strict_data: bool = option(False, "stop at the first damaged image instead of replacing it")
     num_workers: int = option(-1, "loader processes a rank; -1 = the rank's share of the cores, at most 8")
     val_targets: tuple[str, ...] = option(("lfw",), "verification sets, by name")
