@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.store import atomic_file, sync_folder
 from runtime.errors import CheckpointError
+from runtime.files import atomic_file, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def write_index(folder, index: Index) -> None:
         "local": index.local,
         "tensors": tensors,
     }
-    with atomic_file(Path(folder) / INDEX) as file:
+    with atomic_file(Path(folder) / INDEX, CheckpointError) as file:
         file.write(json.dumps(content).encode())
 
 

@@ -20,8 +20,8 @@ import threading
 import time
 from pathlib import Path
 
-from checkpoint.store import atomic_file
 from runtime.errors import CheckpointError
+from runtime.files import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Store:
     def receive(self, relative: str, target: Path, size: int, sha256=None) -> None:
         """Copies a file from there to `target`, whole or not at all."""
         with self._fs.open(posixpath.join(self._root, relative), "rb", block_size=BLOCK_BYTES) as file:
-            with atomic_file(target) as out:
+            with atomic_file(target, CheckpointError) as out:
                 got = _copy(file, out, at_most=size)
                 if got[0] != size or sha256 not in (None, got[1]):
                     raise _Damaged(f"{relative}: {got[0]} bytes of {size} arrived, or other ones than were saved")

@@ -16,7 +16,6 @@ import logging
 import os
 import pickle
 import re
-import time as clock
 import types
 import warnings
 import zipfile
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from runtime.errors import CheckpointError
+from runtime.files import atomic_file, left_over
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,6 @@ ITEM_BYTES = {
     "ComplexFloatStorage": 8,
     "ComplexDoubleStorage": 16,
 }
-# A killed process leaves its temporary file; one that nobody has written to for this long has no owner.
-STALE_S = 3600.0
 NAME = re.compile(r"model_(?P<time>\d{4}(?:-\d{2}){4})_epoch:(?P<epoch>\d+)_(?P<accuracy>\d+\.\d{5})\.pth")
 
 
@@ -62,45 +60,11 @@ def save_pth(path, state: dict) -> None:
     is gone then and an older file of that name untouched.
     """
     _check_plain(state, "")
-    with atomic_file(path) as file:
+    with atomic_file(path, CheckpointError) as file:
         quiet = _QuietFile(file)
         torch.save(_on_host(state), quiet)
         if quiet.error is not None:
             raise quiet.error
-
-
-@contextmanager
-def atomic_file(path):
-    """Yields a binary file that becomes `path` in one step when the block ends, or leaves no trace when it fails."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        try:
-            os.unlink(temporary)
-        except OSError:
-            pass
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{path}: not saved ({error.strerror or error}); what was there before is untouched: "
-                "free space or choose another folder"
-            ) from error
-        raise
-
-
-def sync_folder(folder) -> None:
-    """Makes renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _QuietFile:
@@ -559,9 +523,7 @@ def prune(folder, keep: int = 0, names=None) -> list[Path]:
         deleted = deleted[: len(deleted) - keep] if keep else deleted
     else:
         deleted = []
-    for temporary in Path(folder).glob(".model_*.pth.tmp"):
-        if clock.time() - temporary.stat().st_mtime > STALE_S:
-            deleted.append(temporary)
+    deleted += left_over(folder, "model_*.pth*")
     for path in deleted:
         path.unlink()
     return deleted

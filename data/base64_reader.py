@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from data.dataset import ImageDataset, settle_classes
 from data.images import inside
 from runtime.errors import DamagedItem, DataError
+from runtime.files import atomic_file
 
 _MAX_LINE = 64 << 20  # no image comes near it; a file without newlines must not be read whole
 
@@ -75,12 +75,9 @@ def scan_part(part, label_first: bool) -> Iterator[Line]:
 
 def write_part(path, items: Iterable[tuple[bytes, int]]) -> None:
     """Write (encoded image, class) as the lines `base64<TAB>label` of a part file; it appears when complete."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with atomic_file(path, DataError) as file:
         for image, label in items:
             file.write(base64.b64encode(image) + b"\t%d\n" % label)
-    os.replace(partial, path)
 
 
 class Base64Dataset(ImageDataset):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Optional
 from data.files import FileDataset, PackedStrings
 from data.images import inside
 from runtime.errors import DataError
+from runtime.files import atomic_file
 
 
 def read_list(path) -> Iterator[tuple[str, int]]:
@@ -38,12 +38,9 @@ def read_list(path) -> Iterator[tuple[str, int]]:
 
 def write_list(path, items: Iterable[tuple[str, int]]) -> None:
     """Write (relative path, class) as the lines of a list file, separated by a tab; it appears when complete."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+    with atomic_file(path, DataError) as file:
         for name, label in items:
-            file.write(f"{name}\t{label}\n")
-    os.replace(partial, path)
+            file.write(f"{name}\t{label}\n".encode("utf-8", "surrogateescape"))
 
 
 def open_image_list(

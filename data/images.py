@@ -6,7 +6,6 @@ Shapes: H height, W width; arrays are uint8 [H, W, 3] in RGB order.
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from pathlib import Path
 from typing import Optional
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.errors import DamagedItem, DataError
+from runtime.files import atomic_file
 
 try:
     import simplejpeg
@@ -152,10 +152,5 @@ def contact_sheet(dataset, path, rows: int = 8, cols: int = 12) -> None:
                 sheet[row * height : (row + 1) * height, col * width : (col + 1) * width] = dataset[int(index)][0]
             except DamagedItem:
                 continue
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        Image.fromarray(sheet).save(partial, "PNG")
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+    with atomic_file(path, DataError) as file:
+        Image.fromarray(sheet).save(file, "PNG")

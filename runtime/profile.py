@@ -10,6 +10,7 @@ import torch
 
 from runtime.device import Device
 from runtime.errors import DeviceError
+from runtime.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def profiled(device: Device, folder, enabled: bool = True):
         table = ""
         if hasattr(profiler, "key_averages"):  # Ascend's own keeps its tables in the trace's folder
             table = _table(profiler.key_averages(), device.kind)
-            (folder / "operations.txt").write_text(table, encoding="utf-8")
+            write_text(folder / "operations.txt", table)
         done.append(True)
         logger.info("%d steps traced in %s\n%s", TRACED, folder / "trace.json", table)
 

@@ -18,6 +18,7 @@ import torch
 
 from checkpoint import store
 from runtime.errors import CheckpointError
+from runtime.files import atomic_file
 
 pytestmark = pytest.mark.core
 
@@ -134,7 +135,7 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path):
 
 def test_an_interrupted_write_leaves_no_temporary_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        with store.atomic_file(tmp_path / "a.pth") as file:
+        with atomic_file(tmp_path / "a.pth") as file:
             file.write(b"half")
             raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
@@ -478,7 +479,7 @@ def test_the_best_the_newest_and_some_more_are_kept(tmp_path):
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     (name,) = fill(tmp_path, ("2026-11-20-16-05", 0, 0.5))
-    old, young = tmp_path / ".model_a.pth.tmp", tmp_path / ".model_b.pth.tmp"
+    old, young = tmp_path / ".model_a.pth.0f3c.tmp", tmp_path / ".model_b.pth.1a2b.tmp"
     old.write_bytes(b"half")
     young.write_bytes(b"half")
     os.utime(old, (1, 1))

@@ -1,0 +1,100 @@
+"""Files written whole or not at all, and the one checksum of the project: sha256.
+
+Every file that a command leaves goes through `atomic_file` (or write_text, write_json), so that a full disk, a kill or
+a power cut leaves the old file or the new one, and two runs that write the same name cannot spoil each other's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from runtime.errors import UserError
+
+# A killed process leaves its temporary file; one that nobody has written to for this long has no owner.
+STALE_S = 3600.0
+_BLOCK_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_file(path, error: type[UserError] = UserError) -> Iterator:
+    """Yields a binary file that becomes `path` in one step when the block ends, or leaves no trace when it fails.
+
+    The file has the permissions that the user's umask gives. Raises `error`, one line with the cure, where `path` is
+    something other than a file, and for any OSError in the block: what was there before is then untouched.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would replace a device such as /dev/null by a file
+        raise error(f"{path}: cannot be written (it is there and is no file): choose another name")
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as failure:
+        raise error(
+            f"{path}: cannot be written ({failure.strerror or failure}); what was there before is untouched: "
+            "free space or choose another folder"
+        ) from failure
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+def write_text(path, text: str, error: type[UserError] = UserError) -> None:
+    """The whole text as UTF-8, or no change; as atomic_file."""
+    with atomic_file(path, error) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def write_json(path, value, error: type[UserError] = UserError) -> None:
+    """The value as JSON, indented; as atomic_file. ValueError for what JSON cannot hold, such as nan."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", error)
+
+
+def temporary_path(path) -> Path:
+    """A name beside `path`, hidden, ending in .tmp, that no other process and no other call uses."""
+    path = Path(path)
+    return path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def left_over(folder, pattern: str = "*") -> list[Path]:
+    """Temporary files and folders for names like `pattern` whose owner is gone: unchanged for STALE_S seconds."""
+    found = []
+    for path in Path(folder).glob(f".{pattern}.tmp"):
+        with suppress(FileNotFoundError):  # its owner has finished it meanwhile
+            if time.time() - path.stat().st_mtime > STALE_S:
+                found.append(path)
+    return sorted(found)
+
+
+def sync_folder(folder) -> None:
+    """Makes renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checksum(data) -> str:
+    """sha256 of bytes (or of any contiguous buffer), in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_checksum(path) -> str:
+    """sha256 of a file's bytes, in hexadecimal; reads block by block."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(_BLOCK_BYTES), b""):
+            digest.update(block)
+    return digest.hexdigest()
