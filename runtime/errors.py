@@ -5,9 +5,25 @@
 
 from __future__ import annotations
 
+# A line for a terminal: what an untrusted file's words bring beyond this is cut out of the middle of a message, which
+# begins with the place and ends with the cure.
+LINE_LENGTH = 300
+
+
+def printable(text, most: int = LINE_LENGTH) -> str:
+    """`text` as one line of at most `most` characters without control codes."""
+    text = str(text)
+    if len(text) > 4 * most:  # before anything is done to megabytes
+        text = f"{text[: 2 * most]}{text[-2 * most :]}"
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most - most // 3 - 1]}\u2026{line[-(most // 3) :]}"
+
 
 class UserError(Exception):
-    """The message names the file or option, the place, the cause and the cure."""
+    """The message names the file or option, the place, the cause and the cure; it is one printable line."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(message))
 
 
 class ConfigError(UserError, ValueError):

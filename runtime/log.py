@@ -13,24 +13,19 @@ import sys
 import time
 from pathlib import Path
 
-from runtime.errors import UserError
+from runtime.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
 
 
-# A line for a terminal: what a hostile file's message brings beyond this is cut off.
-LINE_LENGTH = 300
-
-
 def one_line(error: BaseException | str) -> str:
-    """The message of an error as one printable line of at most LINE_LENGTH characters; its class where it has none."""
+    """The message of an error as one printable line of at most 300 characters; its class where it has none."""
     if isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         text = f"{names}: {error.strerror}" if names else error.strerror
     else:
         text = str(error)
-    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split())) or type(error).__name__
-    return text if len(text) <= LINE_LENGTH else f"{text[: LINE_LENGTH - 1]}\u2026"
+    return printable(text) or type(error).__name__
 
 
 def run_command(main) -> None:

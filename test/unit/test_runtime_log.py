@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from runtime.dist import ALONE
-from runtime.errors import UserError
-from runtime.log import LINE_LENGTH, RunLog, run_command, setup_logging
+from runtime.errors import LINE_LENGTH, UserError
+from runtime.log import RunLog, run_command, setup_logging
 
 pytestmark = pytest.mark.core
 
@@ -52,6 +52,12 @@ def test_a_hostile_message_is_cut_and_cannot_write_to_the_terminal(capsys):
     assert command_that(raising(UserError("label \x1b[2Jx\u202e" + "9" * 5000))) == 1
     line = capsys.readouterr().err
     assert line.startswith("error: label \ufffd[2Jx\ufffd999") and len(line) == len("error: ") + LINE_LENGTH + 1
+
+
+def test_a_cut_message_keeps_its_place_and_its_cure():
+    text = str(UserError("a.txt line 1: '" + "9\n" * 4_000_000 + "': write the index again"))
+    assert len(text) == LINE_LENGTH and text.isprintable()
+    assert text.startswith("a.txt line 1: '9 9") and text.endswith("9 ': write the index again")
 
 
 def test_an_error_without_words_shows_its_class(capsys):
