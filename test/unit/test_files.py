@@ -68,7 +68,7 @@ def test_what_cannot_be_written_is_one_line_of_the_class_asked_for(tmp_path):
         "free space or choose another folder"
     )
     for odd in (tmp_path, "/dev/null"):
-        with pytest.raises(UserError, match="is there and is no file: choose another name"):
+        with pytest.raises(UserError, match="is there and is no file.: choose another name"):
             files.write_text(odd, "text")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
