@@ -1,11 +1,11 @@
-"""One value says where a run computes: cpu, cuda or npu. The only file, beside head/ops/, that names their modules.
+"""A device is a value that says where a run computes: a Cpu, a Cuda or an Npu. The only file, beside head/ops/, that
+names torch.cuda and torch_npu.
 
 `python -m runtime.device` prints what this machine has, what is missing for the rest, and how to get it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import importlib.util
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime import host
 from runtime.errors import DeviceError
 
 if __name__ == "__main__":
@@ -38,53 +39,41 @@ logger = logging.getLogger(__name__)
 class Device:
     """A place to compute. Making the value opens nothing; set() makes it the process's current device.
 
-    kind: "cpu" | "cuda" | "npu".   index: which one; always 0 on cpu.
+    kind: "cpu" | "cuda" | "npu", and decides the class: Device("npu", 3) is an Npu.   index: which one; 0 on cpu.
     """
 
     kind: str
     index: int = 0
 
-    def __str__(self) -> str:
-        return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
+    # backend: the torch.distributed backend that moves this device's tensors: gloo, nccl or hccl.
+    # memory_format: the layout of activations [B, C, H, W] that convolutions prefer here.
+    # driver_errors, tool: what the driver's errors look like, and the command that lists its devices.
+    # activities: names in torch.profiler.ProfilerActivity.
+    memory_format = torch.contiguous_format
+    driver_errors, tool = r"(?!)", ""
+    activities = ()
 
-    @property
-    def _kind(self):
-        return _KINDS[self.kind]
+    def __new__(cls, kind: str = "", index: int = 0):
+        return object.__new__(KINDS[kind] if cls is Device and kind else cls)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.index}"
 
     @property
     def torch(self) -> torch.device:
-        return torch.device("cpu") if self.kind == "cpu" else torch.device(f"{self.kind}:{self.index}")
+        return torch.device(str(self))
 
-    @property
-    def backend(self) -> str:
-        """The torch.distributed backend that moves this device's tensors: gloo, nccl or hccl."""
-        return self._kind.backend
+    # What a machine has of this kind: asked of the class.
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """The layout of activations [B, C, H, W] that convolutions prefer here."""
-        return self._kind.memory_format
+    @classmethod
+    def reason_unavailable(cls) -> str | None:
+        """None where the kind can be used, else one line: what is missing and how to get it."""
+        raise NotImplementedError
 
-    def set(self) -> None:
-        """Make it the current device; raises DeviceError with the reason where it cannot be opened."""
-        if self.kind == "cpu":
-            _keep_freed_memory()
-            return
-        try:
-            self._kind.api.set_device(self.index)
-        except (RuntimeError, AssertionError) as error:
-            raise DeviceError(f"{self} cannot be opened: {_first_line(error)}") from error
-
-    def synchronize(self) -> None:
-        """Wait until everything queued on the device is done."""
-        self._kind.synchronize(self.index)
-
-    def tune(self, tf32: bool = False, autotune: bool = True) -> dict:
-        """tf32: let fp32 matrix products and convolutions drop mantissa bits (TF32 on cuda, HF32 on npu), process-wide.
-        autotune: try convolution algorithms on each new shape and keep the quickest (cudnn); for fixed shapes.
-
-        Returns {"tf32", "autotune"}: which of them are on now; False where the device has no such switch."""
-        return self._kind.tune(tf32, autotune)
+    @classmethod
+    def count(cls) -> int:
+        """How many of them this process sees."""
+        raise NotImplementedError
 
     def compiled(self, module):
         """torch.compile of a module for inputs of one shape. It shares the module's parameters; the module stays eager.
@@ -92,10 +81,16 @@ class Device:
         Compiles and runs a tiny function first: a machine that cannot do that raises DeviceError, one line, here and
         not with a traceback at the first step.
         """
-        missing = _missing_for_compiling(self) or _why_compiling_fails(self)
+        missing = self.missing_for_compiling() or _why_compiling_fails(self)
         if missing:
             raise DeviceError(f"static mode (torch.compile) on {self}: {missing}, or leave --static out")
         return torch.compile(module, dynamic=False)
+
+    def missing_for_compiling(self) -> str | None:
+        """What torch.compile lacks for this device and how to get it; None where it can be tried."""
+        if not hasattr(torch, "compile"):
+            return f"it needs torch 2.0 or newer, and this is {torch.__version__}; install one"
+        return self._compiler_missing()
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
@@ -112,10 +107,10 @@ class Device:
                     f"{self} is out of memory ({_first_line(error)}): lower --batch_size, or split it "
                     "with --accumulate; `python -m head.plan` says what the classes take"
                 ) from error
-            if not re.search(self._kind.driver_errors, said):
+            if not re.search(self.driver_errors, said):
                 raise
             raise DeviceError(
-                f"{self} failed while it computed ({_first_line(error)}): see whether {self._kind.tool} "
+                f"{self} failed while it computed ({_first_line(error)}): see whether {self.tool} "
                 "still lists it, and go on with --resume or on another --device_id"
             ) from error
 
@@ -124,22 +119,18 @@ class Device:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-        self._kind.seed(seed)
 
     def rng_state(self) -> dict:
         """The state of all generators that seed() seeds, as tensors: {"python", "numpy", "torch"} and the kind."""
         _, words, gauss = random.getstate()
         _, keys, position, has_gauss, cached = np.random.get_state()
-        state = {
+        return {
             "python": torch.tensor(words, dtype=torch.int64),
             "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
             "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
             "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
             "torch": torch.get_rng_state(),
         }
-        if self.kind != "cpu":
-            state[self.kind] = self._kind.api.get_rng_state(self.torch).cpu()
-        return state
 
     def set_rng_state(self, state: dict) -> None:
         """Continue from rng_state(). A state of another kind of device leaves this device's generator as it is."""
@@ -149,81 +140,207 @@ class Device:
             ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
         )
         torch.set_rng_state(state["torch"].cpu())
-        if self.kind in state and self.kind != "cpu":
-            self._kind.api.set_rng_state(state[self.kind].cpu(), self.torch)
-
-    # Memory, in bytes. On cpu: the process's resident set, its peak, and the machine's memory.
-
-    def empty_cache(self) -> None:
-        self._kind.empty_cache()
-
-    def memory_allocated(self) -> int:
-        return self._kind.memory_allocated(self.index)
-
-    def max_memory_allocated(self) -> int:
-        return self._kind.max_memory_allocated(self.index)
-
-    def reset_peak_memory(self) -> None:
-        self._kind.reset_peak_memory(self.index)
-
-    def total_memory(self) -> int:
-        return self._kind.total_memory(self.index)
-
-    def free_memory(self) -> int:
-        """What can still be allocated: on the device, or of the machine (or the container) on cpu."""
-        return self._kind.free_memory(self.index)
 
     # What it can do.
 
     def supports(self, dtype: torch.dtype) -> bool:
         """Whether a convolutional net can train in that dtype here. The first question tries a tiny convolution."""
-        return dtype.is_floating_point and _has_arithmetic(self, dtype) and self._kind.supports(dtype, self.index)
+        return dtype.is_floating_point and _has_arithmetic(self, dtype) and self._is_native(dtype)
 
     def autocast(self, dtype: torch.dtype | None, enabled: bool = True):
         """A context in which torch chooses `dtype` where it is safe; float32, None or enabled=False switch it off."""
         enabled = enabled and dtype not in (None, torch.float32)
         if hasattr(torch, "autocast"):  # torch 1.10
             return torch.autocast(self.kind, dtype=dtype if enabled else None, enabled=enabled)
-        if not enabled and self.kind == "cpu":
-            return nullcontext()
-        if self.kind == "cpu" or (enabled and dtype != torch.float16):
+        own = self._old_autocast(enabled) if not enabled or dtype == torch.float16 else None
+        if own is None:
             raise DeviceError(
                 f"autocast to {_name(dtype)} on {self.kind} needs torch 1.10 and this is "
                 f"{torch.__version__}: use O0, or install a newer torch"
             )
-        return self._kind.api.amp.autocast(enabled=enabled)
+        return own
 
     def grad_scaler_class(self):
         """The loss scaler of torch for this device, called as class(init_scale=..., ...); None where there is none."""
-        return self._kind.grad_scaler_class()
+        scaler = getattr(torch.amp, "GradScaler", None) if hasattr(torch, "amp") else None  # torch 2.3
+        return functools.partial(scaler, self.kind) if scaler else None
 
     def fused_sgd_class(self):
         """An SGD class of the device's vendor, or None. Ascend's: fp32 and fp16 parameters only, zero_grad keeps the
         gradients' memory, and neither parameters nor gradients may be replaced once it exists."""
-        return self._kind.fused_sgd_class()
+        return None
 
     def fused_optimizers(self) -> set:
         """Names of the quick SGDs that work here: "sgd_foreach", "sgd_fused", "npu_fused_sgd"."""
         names = {f"sgd_{how}" for how in ("foreach", "fused") if _sgd_works(self, how)}
         return names | ({"npu_fused_sgd"} if self.fused_sgd_class() is not None else set())
 
-    def stream(self):
-        """A new queue of work beside the current one; None where the device has no streams."""
-        return None if self.kind == "cpu" else self._kind.api.Stream(device=self.torch)
+    # For reports.
+
+    def profiler_module(self):
+        """The module whose profile(activities=...) sees this device: torch.profiler or Ascend's counterpart."""
+        return torch.profiler
+
+    def profiler_activities(self) -> list:
+        """What profiler_module().profile() takes as activities: the host's and the device's."""
+        activity = self.profiler_module().ProfilerActivity
+        names = ("CPU", *self.activities)
+        # torch's own has NPU and PrivateUse1 as two names of one activity
+        return list(dict.fromkeys(getattr(activity, name) for name in names if hasattr(activity, name)))
+
+    def describe(self) -> dict:
+        """{"device", "kind", "name", "count", "memory" (bytes), "machine", "torch", and its toolkit's versions}."""
+        return {
+            "device": str(self),
+            "kind": self.kind,
+            "name": self.name(),
+            "count": device_count(self.kind),
+            "memory": self.total_memory(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            **self.versions(),
+        }
+
+    def versions(self) -> dict:
+        """Of the toolkit below torch."""
+        return {}
+
+
+class Cpu(Device):
+    # channels_last is quicker (benchmark/step.py), but torch's batch norm then sums over all pixels in fp32, one after
+    # another: wrong by 1e-5 where it is wrong by 5e-8 in this layout, and in a whole net's gradient by 2e-3 for 1e-4.
+    backend = "gloo"
+
+    def __str__(self) -> str:
+        return "cpu"
+
+    @classmethod
+    def reason_unavailable(cls):
+        return None
+
+    @classmethod
+    def count(cls):
+        return 1
+
+    def set(self) -> None:
+        host.keep_freed_memory()
+
+    def synchronize(self) -> None:
+        pass
+
+    def tune(self, tf32: bool = False, autotune: bool = True) -> dict:
+        """tf32: let fp32 matrix products and convolutions drop mantissa bits (TF32 on cuda, HF32 on npu), process-wide.
+        autotune: try convolution algorithms on each new shape and keep the quickest (cudnn); for fixed shapes.
+
+        Returns {"tf32", "autotune"}: which of them are on now; False where the device has no such switch."""
+        return {"tf32": False, "autotune": False}
+
+    # Memory: the process's resident set, its peak, and the machine's memory.
+
+    def empty_cache(self) -> None:
+        pass
+
+    def memory_allocated(self) -> int:
+        return host.process_memory()
+
+    def max_memory_allocated(self) -> int:
+        return host.process_memory_peak()
+
+    def reset_peak_memory(self) -> None:
+        host.reset_process_memory_peak()
+
+    def total_memory(self) -> int:
+        return host.total_memory()
+
+    def free_memory(self) -> int:
+        return host.memory_left()
+
+    def name(self) -> str:
+        return host.cpu_name()
+
+    def event(self):
+        return None
+
+    def prefetch(self, batches: Iterable, move) -> Iterator:
+        return map(move, batches)
+
+    def _is_native(self, dtype) -> bool:
+        return True
+
+    def _old_autocast(self, enabled):
+        return None if enabled else nullcontext()
+
+    def _compiler_missing(self):
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            return "there is no C++ compiler (g++, clang++ or $CXX); install one"
+        return None
+
+
+class _Accelerator(Device):
+    """What cuda and npu share: their modules in torch (`api`) have the same functions."""
+
+    @classmethod
+    def count(cls):
+        return cls.api().device_count()
+
+    def set(self) -> None:
+        """Make it the current device; raises DeviceError with the reason where it cannot be opened."""
+        try:
+            self.api().set_device(self.index)
+        except (RuntimeError, AssertionError) as error:
+            raise DeviceError(f"{self} cannot be opened: {_first_line(error)}") from error
+
+    def synchronize(self) -> None:
+        """Wait until everything queued on the device is done."""
+        self.api().synchronize(self.index)
+
+    def seed(self, seed: int) -> None:
+        super().seed(seed)
+        self.api().manual_seed_all(seed)
+
+    def rng_state(self) -> dict:
+        return {**super().rng_state(), self.kind: self.api().get_rng_state(self.torch).cpu()}
+
+    def set_rng_state(self, state: dict) -> None:
+        super().set_rng_state(state)
+        if self.kind in state:
+            self.api().set_rng_state(state[self.kind].cpu(), self.torch)
+
+    # Memory, in bytes.
+
+    def empty_cache(self) -> None:
+        self.api().empty_cache()
+
+    def memory_allocated(self) -> int:
+        return self.api().memory_allocated(self.index)
+
+    def max_memory_allocated(self) -> int:
+        return self.api().max_memory_allocated(self.index)
+
+    def reset_peak_memory(self) -> None:
+        self.api().reset_peak_memory_stats(self.index)
+
+    def total_memory(self) -> int:
+        return self.api().get_device_properties(self.index).total_memory
+
+    def free_memory(self) -> int:
+        """What can still be allocated: on the device, or of the machine (or the container) on cpu."""
+        # torch 1.8 cannot ask the driver, and knows only of its own
+        ask = getattr(self.api(), "mem_get_info", None)
+        return ask(self.index)[0] if ask else self.total_memory() - self.memory_allocated()
+
+    def name(self) -> str:
+        return self.api().get_device_name(self.index)
 
     def event(self):
         """A timing event: record(), synchronize(), elapsed_time(other) in ms; None where there are none."""
-        return None if self.kind == "cpu" else self._kind.api.Event(enable_timing=True)
+        return self.api().Event(enable_timing=True)
 
     def prefetch(self, batches: Iterable, move) -> Iterator:
         """move(batch) for each batch, one batch ahead on a stream of its own, so that the copy of the next batch
         runs beside the computation on this one. Copies overlap only from pinned memory with non_blocking=True."""
-        stream = self.stream()
-        if stream is None:
-            yield from map(move, batches)
-            return
-        api = self._kind.api
-        ahead = None
+        api, ahead = self.api(), None
+        stream = api.Stream(device=self.torch)
         for batch in batches:
             with api.stream(stream):
                 moved = move(batch)
@@ -234,31 +351,110 @@ class Device:
         if ahead is not None:
             yield _handed_over(api, *ahead)
 
-    # For reports.
+    def _old_autocast(self, enabled):
+        return self.api().amp.autocast(enabled=enabled)
+
+
+class Cuda(_Accelerator):
+    backend = "nccl"
+    driver_errors, tool = r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|CUDNN_STATUS|HIP error", "nvidia-smi"
+    activities = ("CUDA",)
+
+    @staticmethod
+    def api():
+        return torch.cuda
+
+    @classmethod
+    def reason_unavailable(cls):
+        if not torch.backends.cuda.is_built():
+            return f"torch {torch.__version__} is a build without CUDA; install one with it (pip install torch)"
+        if torch.cuda.device_count() == 0:
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+            if hidden is not None:
+                return f"CUDA_VISIBLE_DEVICES='{hidden}' leaves no GPU visible; unset it or name one"
+            return "torch sees no GPU; install the NVIDIA driver and see that nvidia-smi lists a GPU"
+        if not torch.cuda.is_available():
+            return f"the driver is too old for the CUDA {torch.version.cuda} of this torch; update the driver"
+        return None
+
+    def tune(self, tf32: bool = False, autotune: bool = True) -> dict:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = autotune
+        return {"tf32": tf32, "autotune": autotune}
+
+    def grad_scaler_class(self):
+        return super().grad_scaler_class() or torch.cuda.amp.GradScaler
+
+    def versions(self) -> dict:
+        versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        return {**versions, "driver": getattr(torch.version, "hip", None)} if torch.version.hip else versions
+
+    def _is_native(self, dtype) -> bool:
+        # Older cards emulate bfloat16, slower than float32: not what somebody who asks for it wants.
+        return (
+            dtype != torch.bfloat16 or bool(torch.version.hip) or torch.cuda.get_device_capability(self.index)[0] >= 8
+        )
+
+    def _compiler_missing(self):
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed; pip install triton"
+        return None
+
+
+class Npu(_Accelerator):
+    backend = "hccl"
+    driver_errors, tool = r"NPU (function )?error|ERR\d{5}|\bE[A-Z]\d{4}\b|\bacl\w+|ACL stream", "npu-smi info"
+    activities = ("NPU", "PrivateUse1")
+
+    @staticmethod
+    def api():
+        return torch.npu
+
+    @classmethod
+    def reason_unavailable(cls):
+        reason = _load_torch_npu()
+        if reason:
+            return reason
+        if not torch.npu.is_available() or torch.npu.device_count() == 0:
+            return (
+                "torch_npu is installed but sees no device; check `npu-smi info`, ASCEND_RT_VISIBLE_DEVICES, "
+                "and that this user belongs to the driver's group (HwHiAiUser)"
+            )
+        return None
+
+    def tune(self, tf32: bool = False, autotune: bool = True) -> dict:
+        # torch_npu 2.x; older ones have no such switch
+        switches = [getattr(torch.npu, products, None) for products in ("matmul", "conv")]
+        switches = [switch for switch in switches if hasattr(switch, "allow_hf32")]
+        for switch in switches:
+            switch.allow_hf32 = tf32
+        return {"tf32": tf32 and bool(switches), "autotune": False}
+
+    def grad_scaler_class(self):
+        # Ascend's own first: it also clears the overflow flag of chips whose fp16 saturates instead of giving inf.
+        own = getattr(getattr(torch.npu, "amp", None), "GradScaler", None)
+        return own or super().grad_scaler_class()
+
+    def fused_sgd_class(self):
+        return getattr(getattr(sys.modules.get("torch_npu"), "optim", None), "NpuFusedSGD", None)
 
     def profiler_module(self):
-        """The module whose profile(activities=...) sees this device: torch.profiler or Ascend's counterpart."""
-        return self._kind.profiler()
+        return getattr(sys.modules.get("torch_npu"), "profiler", torch.profiler)
 
-    def profiler_activities(self) -> list:
-        """What profiler_module().profile() takes as activities: the host's and the device's."""
-        activity = self.profiler_module().ProfilerActivity
-        names = ("CPU", *self._kind.profiler_activities)
-        # torch's own has NPU and PrivateUse1 as two names of one activity
-        return list(dict.fromkeys(getattr(activity, name) for name in names if hasattr(activity, name)))
+    def versions(self) -> dict:
+        return {"torch_npu": getattr(sys.modules.get("torch_npu"), "__version__", None), "cann": _cann_version()}
 
-    def describe(self) -> dict:
-        """{"device", "kind", "name", "count", "memory" (bytes), "machine", "torch", and its toolkit's versions}."""
-        return {
-            "device": str(self),
-            "kind": self.kind,
-            "name": self._kind.name(self.index),
-            "count": device_count(self.kind),
-            "memory": self.total_memory(),
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-            **self._kind.versions(),
-        }
+    def _is_native(self, dtype) -> bool:
+        bf16 = getattr(torch.npu, "is_bf16_supported", lambda: False)
+        return dtype != torch.bfloat16 or bool(bf16())
+
+    def _compiler_missing(self):
+        if importlib.util.find_spec("torchair") is None and importlib.util.find_spec("torch_npu._inductor") is None:
+            return "this torch_npu has no graph compiler; install a newer torch_npu"
+        return None
+
+
+KINDS = {"cpu": Cpu, "cuda": Cuda, "npu": Npu}
 
 
 def parse_device(text: str = "auto", index: int | None = None) -> Device:
@@ -269,8 +465,8 @@ def parse_device(text: str = "auto", index: int | None = None) -> Device:
     """
     matched = re.fullmatch(r"([a-z]+)(?::(\d+))?", str(text).strip().lower())
     kind = matched and {"gpu": "cuda"}.get(matched[1], matched[1])
-    if kind not in (*_KINDS, "auto"):
-        raise DeviceError(f"device '{text}': choose from auto, {', '.join(_KINDS)} or gpu, with an index as in npu:3")
+    if kind not in (*KINDS, "auto"):
+        raise DeviceError(f"device '{text}': choose from auto, {', '.join(KINDS)} or gpu, with an index as in npu:3")
     if matched[2] is not None:
         index = int(matched[2])
     if kind == "auto":
@@ -299,213 +495,12 @@ def best_kind() -> str:
 
 def device_count(kind: str) -> int:
     """How many devices of that kind this process can use; the cpu counts as one."""
-    return 0 if reason_unavailable(kind) else _KINDS[kind].count()
+    return 0 if reason_unavailable(kind) else KINDS[kind].count()
 
 
 def reason_unavailable(kind: str) -> str | None:
     """None where the kind can be used, else one line: what is missing and how to get it."""
-    return _KINDS[kind].reason_unavailable()
-
-
-class _Cpu:
-    backend = "gloo"
-    # channels_last is quicker (benchmark/step.py), but torch's batch norm then sums over all pixels in fp32, one after
-    # another: wrong by 1e-5 where it is wrong by 5e-8 in this layout, and in a whole net's gradient by 2e-3 for 1e-4.
-    memory_format = torch.contiguous_format
-    profiler_activities = ()
-    driver_errors, tool = r"(?!)", ""  # it has no driver that could fail
-
-    def reason_unavailable(self):
-        return None
-
-    def count(self):
-        return 1
-
-    def synchronize(self, index):
-        pass
-
-    def seed(self, seed):
-        pass
-
-    def empty_cache(self):
-        pass
-
-    def memory_allocated(self, index):
-        return _proc_status("VmRSS")
-
-    def max_memory_allocated(self, index):
-        return _proc_status("VmHWM")
-
-    def tune(self, tf32, autotune):
-        return {"tf32": False, "autotune": False}
-
-    def reset_peak_memory(self, index):
-        try:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # proc(5): resets the peak resident set size
-        except OSError:
-            pass  # not Linux, or not allowed: the peak is then that of the whole process
-
-    def total_memory(self, index):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-    def free_memory(self, index):
-        return _machine_memory_left()
-
-    def supports(self, dtype, index):
-        return True
-
-    def grad_scaler_class(self):
-        return _scaler_of("cpu")
-
-    def fused_sgd_class(self):
-        return None
-
-    def profiler(self):
-        return torch.profiler
-
-    def name(self, index):
-        try:
-            with open("/proc/cpuinfo") as file:
-                names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        except OSError:
-            names = []
-        return f"{names[0] if names else platform.processor() or platform.machine()}, {_cores()} cores"
-
-    def versions(self):
-        return {}
-
-
-class _Accelerator:
-    """What cuda and npu share: their modules in torch have the same functions."""
-
-    memory_format = torch.contiguous_format
-
-    def count(self):
-        return self.api.device_count()
-
-    def synchronize(self, index):
-        self.api.synchronize(index)
-
-    def seed(self, seed):
-        self.api.manual_seed_all(seed)
-
-    def empty_cache(self):
-        self.api.empty_cache()
-
-    def memory_allocated(self, index):
-        return self.api.memory_allocated(index)
-
-    def max_memory_allocated(self, index):
-        return self.api.max_memory_allocated(index)
-
-    def reset_peak_memory(self, index):
-        self.api.reset_peak_memory_stats(index)
-
-    def total_memory(self, index):
-        return self.api.get_device_properties(index).total_memory
-
-    def free_memory(self, index):
-        # torch 1.8 cannot ask the driver, and knows only of its own
-        ask = getattr(self.api, "mem_get_info", None)
-        return ask(index)[0] if ask else self.total_memory(index) - self.memory_allocated(index)
-
-    def name(self, index):
-        return self.api.get_device_name(index)
-
-
-class _Cuda(_Accelerator):
-    backend = "nccl"
-    driver_errors, tool = r"CUDA (driver )?error|cuDNN error|CUBLAS_STATUS|CUDNN_STATUS|HIP error", "nvidia-smi"
-    profiler_activities = ("CUDA",)
-
-    @property
-    def api(self):
-        return torch.cuda
-
-    def tune(self, tf32, autotune):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.benchmark = autotune
-        return {"tf32": tf32, "autotune": autotune}
-
-    def reason_unavailable(self):
-        if not torch.backends.cuda.is_built():
-            return f"torch {torch.__version__} is a build without CUDA; install one with it (pip install torch)"
-        if torch.cuda.device_count() == 0:
-            hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-            if hidden is not None:
-                return f"CUDA_VISIBLE_DEVICES='{hidden}' leaves no GPU visible; unset it or name one"
-            return "torch sees no GPU; install the NVIDIA driver and see that nvidia-smi lists a GPU"
-        if not torch.cuda.is_available():
-            return f"the driver is too old for the CUDA {torch.version.cuda} of this torch; update the driver"
-        return None
-
-    def supports(self, dtype, index):
-        # Older cards emulate bfloat16, slower than float32: not what somebody who asks for it wants.
-        return dtype != torch.bfloat16 or bool(torch.version.hip) or self.api.get_device_capability(index)[0] >= 8
-
-    def grad_scaler_class(self):
-        return _scaler_of("cuda") or self.api.amp.GradScaler
-
-    def fused_sgd_class(self):
-        return None
-
-    def profiler(self):
-        return torch.profiler
-
-    def versions(self):
-        versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        return {**versions, "driver": getattr(torch.version, "hip", None)} if torch.version.hip else versions
-
-
-class _Npu(_Accelerator):
-    backend = "hccl"
-    driver_errors, tool = r"NPU (function )?error|ERR\d{5}|\bE[A-Z]\d{4}\b|\bacl\w+|ACL stream", "npu-smi info"
-    profiler_activities = ("NPU", "PrivateUse1")
-
-    @property
-    def api(self):
-        return torch.npu
-
-    def tune(self, tf32, autotune):
-        # torch_npu 2.x; older ones have no such switch
-        switches = [getattr(self.api, products, None) for products in ("matmul", "conv")]
-        switches = [switch for switch in switches if hasattr(switch, "allow_hf32")]
-        for switch in switches:
-            switch.allow_hf32 = tf32
-        return {"tf32": tf32 and bool(switches), "autotune": False}
-
-    def reason_unavailable(self):
-        reason = _load_torch_npu()
-        if reason:
-            return reason
-        if not torch.npu.is_available() or torch.npu.device_count() == 0:
-            return (
-                "torch_npu is installed but sees no device; check `npu-smi info`, ASCEND_RT_VISIBLE_DEVICES, "
-                "and that this user belongs to the driver's group (HwHiAiUser)"
-            )
-        return None
-
-    def supports(self, dtype, index):
-        bf16 = getattr(self.api, "is_bf16_supported", lambda: False)
-        return dtype != torch.bfloat16 or bool(bf16())
-
-    def grad_scaler_class(self):
-        # Ascend's own first: it also clears the overflow flag of chips whose fp16 saturates instead of giving inf.
-        own = getattr(getattr(self.api, "amp", None), "GradScaler", None)
-        return own or _scaler_of("npu")
-
-    def fused_sgd_class(self):
-        return getattr(getattr(sys.modules.get("torch_npu"), "optim", None), "NpuFusedSGD", None)
-
-    def profiler(self):
-        return getattr(sys.modules.get("torch_npu"), "profiler", torch.profiler)
-
-    def versions(self):
-        return {"torch_npu": getattr(sys.modules.get("torch_npu"), "__version__", None), "cann": _cann_version()}
-
-
-_KINDS = {"cpu": _Cpu(), "cuda": _Cuda(), "npu": _Npu()}
+    return KINDS[kind].reason_unavailable()
 
 
 @functools.cache
@@ -524,12 +519,6 @@ def _load_torch_npu() -> str | None:
             "`source test/env_npu.sh` before the command"
         )
     return None if hasattr(torch, "npu") else "torch_npu loads but brings no torch.npu; install the one for this torch"
-
-
-def _scaler_of(kind):
-    """torch.amp.GradScaler (torch 2.3) bound to a kind of device, None on older torch."""
-    scaler = getattr(torch.amp, "GradScaler", None) if hasattr(torch, "amp") else None
-    return functools.partial(scaler, kind) if scaler else None
 
 
 @functools.cache
@@ -580,23 +569,6 @@ def _tensors(batch):
             yield from _tensors(part)
 
 
-def _missing_for_compiling(device: Device) -> str | None:
-    """What torch.compile lacks for this device and how to get it; None where it can be tried."""
-    if not hasattr(torch, "compile"):
-        return f"it needs torch 2.0 or newer, and this is {torch.__version__}; install one"
-    if device.kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        return "there is no C++ compiler (g++, clang++ or $CXX); install one"
-    if device.kind == "cuda" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; pip install triton"
-    if (
-        device.kind == "npu"
-        and importlib.util.find_spec("torchair") is None
-        and importlib.util.find_spec("torch_npu._inductor") is None
-    ):
-        return "this torch_npu has no graph compiler; install a newer torch_npu"
-    return None
-
-
 @functools.cache
 def _why_compiling_fails(device: Device) -> str | None:
     """What a tiny function's compilation ends with; None where it compiles and computes."""
@@ -605,60 +577,6 @@ def _why_compiling_fails(device: Device) -> str | None:
     except RuntimeError as error:  # of torch._dynamo and torch._inductor, whose classes move between versions
         return f"compiling a tiny function fails ({_first_line(error)}); repair the compiler"
     return None if torch.allclose(doubled.cpu(), torch.ones(16).sin() * 2) else "it computes wrong numbers"
-
-
-def _keep_freed_memory() -> None:
-    """Let this process keep the memory that tensors give up instead of handing each big block back to the system.
-
-    Otherwise every step has its activations' pages zeroed anew, half of a MobileFaceNet step's time at batch 64
-    (benchmark/step.py). Where the C library has no such switch, nothing changes.
-    """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)'s parameters in glibc's malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 << 20)
-
-
-def _proc_status(field: str) -> int:
-    """A size from /proc/self/status in bytes; elsewhere than on Linux the peak that getrusage knows."""
-    try:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(field + ":")) * 1024
-    except (OSError, StopIteration):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _machine_memory_left() -> int:
-    """Bytes that processes can still get: of the machine, or of the container (cgroup v2 or v1) if it has less."""
-    try:
-        with open("/proc/meminfo") as file:
-            left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for folder, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            with open(f"{folder}/{limit}") as most, open(f"{folder}/{used}") as now:
-                room = int(most.read()) - int(now.read())
-            with open(f"{folder}/memory.stat") as file:  # files read lately count as used, and give way
-                room += next(int(line.split()[1]) for line in file if line.startswith("inactive_file "))
-        except (OSError, ValueError, StopIteration):  # no such cgroup, or no limit ("max")
-            continue
-        left = min(left, max(0, room))
-    return left
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cann_version() -> str | None:
@@ -710,7 +628,7 @@ def main() -> None:
         print(device.kind)
         return
     print(f"torch {torch.__version__}, Python {platform.python_version()}")
-    for kind in _KINDS:
+    for kind in KINDS:
         print(f"{kind}: {_summary(kind)}")
 
 

@@ -103,7 +103,7 @@ def test_vendors_parts_are_found(npu, emulated_npu):
 
 
 def test_streams_and_events(npu):
-    before, after, stream = npu.event(), npu.event(), npu.stream()
+    before, after, stream = npu.event(), npu.event(), torch.npu.Stream(device=npu.torch)
     before.record()
     with torch.npu.stream(stream):
         assert torch.npu.current_stream() == stream

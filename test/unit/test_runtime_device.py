@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from runtime import device as module
+from runtime import host
 from runtime.device import Device, check_ranks, device_count, parse_device, reason_unavailable
 from runtime.errors import DeviceError
 from runtime.log import run_command
@@ -30,9 +31,10 @@ def kinds(monkeypatch):
 
     def pretend(**counts):
         for kind, count in counts.items():
-            table = type(module._KINDS[kind])
-            monkeypatch.setattr(table, "reason_unavailable", lambda self, n=count: None if n else "there is none")
-            monkeypatch.setattr(table, "count", lambda self, n=count: n)
+            monkeypatch.setattr(
+                module.KINDS[kind], "reason_unavailable", lambda n=count: None if n else "there is none"
+            )
+            monkeypatch.setattr(module.KINDS[kind], "count", lambda n=count: n)
 
     return pretend
 
@@ -214,7 +216,7 @@ def test_a_c_library_without_the_switch_changes_nothing(monkeypatch, library):
             raise library
         return library
 
-    monkeypatch.setattr(module.ctypes, "CDLL", load)
+    monkeypatch.setattr(host.ctypes, "CDLL", load)
     CPU.set()
 
 
@@ -329,7 +331,7 @@ def test_quick_sgds_are_named_only_where_they_step():
 
 
 def test_no_streams_on_cpu_and_prefetch_is_a_plain_map():
-    assert CPU.stream() is None and CPU.event() is None
+    assert CPU.event() is None
     moved = []
     batches = CPU.prefetch(iter([1, 2, 3]), lambda b: moved.append(b) or b * 10)
     assert next(batches) == 10 and moved == [1]

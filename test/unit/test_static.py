@@ -23,8 +23,8 @@ from runtime.errors import DeviceError
 pytestmark = pytest.mark.core
 CPU = Device("cpu")
 needs_compiler = pytest.mark.skipif(
-    device_module._missing_for_compiling(CPU) is not None,
-    reason=f"nothing compiles here: {device_module._missing_for_compiling(CPU)}")  # fmt: skip
+    CPU.missing_for_compiling() is not None,
+    reason=f"nothing compiles here: {CPU.missing_for_compiling()}")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +147,15 @@ def test_a_compiler_that_does_not_work_is_one_line(monkeypatch):
 def test_what_compiling_needs_on_each_device(kind, packages, said, monkeypatch):
     monkeypatch.setattr(device_module.importlib.util, "find_spec", lambda name: name if name in packages else None)
     monkeypatch.setattr(torch, "compile", lambda module: module, raising=False)
-    assert device_module._missing_for_compiling(Device(kind)) == said
+    assert Device(kind).missing_for_compiling() == said
 
 
 def test_what_compiling_needs_on_cpu(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module: module, raising=False)
     monkeypatch.setattr(device_module.shutil, "which", {"g++": None, "my++": "/bin/my++"}.get)
     monkeypatch.delenv("CXX", raising=False)
-    assert device_module._missing_for_compiling(CPU) == "there is no C++ compiler (g++, clang++ or $CXX); install one"
+    assert CPU.missing_for_compiling() == "there is no C++ compiler (g++, clang++ or $CXX); install one"
     monkeypatch.setenv("CXX", "my++")
-    assert device_module._missing_for_compiling(CPU) is None
+    assert CPU.missing_for_compiling() is None
     monkeypatch.delattr(torch, "compile")
-    assert "it needs torch 2.0 or newer" in device_module._missing_for_compiling(CPU)
+    assert "it needs torch 2.0 or newer" in CPU.missing_for_compiling()
