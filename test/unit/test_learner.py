@@ -218,7 +218,7 @@ def test_the_centers_may_have_a_rate_of_their_own(base, update):
     ]
     assert not moved[0].any() and moved[1].any()
     np.testing.assert_allclose(moved[2].numpy(), 8 * moved[1].numpy(), rtol=1e-3, atol=1e-6)
-    with pytest.raises(ConfigError, match="must be at least 0"):
+    with pytest.raises(ConfigError, match="at least 0"):
         Learner(replace(base, head_lr_factor=-1.0))
 
 
