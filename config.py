@@ -67,7 +67,10 @@ GROUPS = {
 class Config:
     # network and head
     net_mode: str = option(
-        "ir_se", "backbone", known=("ir", "ir_se", "mobilefacenet", "iresnet", "resnet"), old=("-net",)
+        "ir_se",
+        "backbone",
+        known=("ir", "ir_se", "mobilefacenet", "iresnet", "mbf", "mbf_large", "resnet"),
+        old=("-net",),
     )
     net_depth: int = option(
         100, "layers of the backbone: 18 34 50 100 152 200 (resnet: 50 101 152)", low=1, old=("-depth",)

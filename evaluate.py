@@ -105,10 +105,11 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
 
 def architecture(pth_path) -> dict:
     """Which network a file's weights are for, as options."""
-    from checkpoint import foreign, reshard, sharded
+    from checkpoint import reshard, sharded, store
+    from model import foreign
 
-    source = sharded.load(reshard.find(pth_path), {})[0] if Path(pth_path).is_dir() else pth_path
-    found = foreign.load_foreign(source, place=pth_path)
+    state = sharded.load(reshard.find(pth_path), {})[0] if Path(pth_path).is_dir() else store.load_pth(pth_path)
+    found = foreign.recognise(state, place=pth_path)
     # a network of one depth has none to tell
     depth = {} if found.net_depth is None else {"net_depth": found.net_depth}
     return {"net_mode": found.net_mode, "embedding_size": found.embedding_size, **depth}

@@ -20,12 +20,13 @@ import torch
 import data
 import model
 import optim
-from checkpoint import folder, foreign, remote, reshard, sharded, store
+from checkpoint import folder, remote, reshard, sharded, store
 from config import Config
 from data import pairs, transforms
 from data.synthetic import SyntheticDataset
 from head import plan
 from head.head import MarginHead
+from model import foreign
 from runtime import log as runlog
 from runtime.device import Device, parse_device
 from runtime.dist import ALONE, World, wrap_data_parallel
@@ -603,11 +604,13 @@ class Learner:
             self.head.load_training_state(state["training"]["head"])
 
     def _load_foreign(self, state, path, backbone_only: bool) -> None:
-        found = foreign.load_foreign(state, self.config.channel_order or None, place=path)
-        logger.info("%s: weights of %s, for %s images", path, found.lineage, found.channel_order)
+        found = foreign.recognise(state, self.config.channel_order or None, place=path)
+        logger.info("%s: weights of %s", path, found)
+        if found.assumed:
+            logger.warning("%s: %s", path, found.assumed)
         classes = None if found.head_kernel is None or backbone_only else found.head_kernel.shape[1]
         store.check_architecture({**vars(found), "num_classes": classes}, self.meta, path)
-        self.channel_order = found.channel_order
+        self.channel_order = self.backbone.channel_order = found.channel_order
         self.precision.load_model_state(self.backbone, found.state_dict)
         if classes is not None:
             self.head.load_kernel(found.head_kernel)

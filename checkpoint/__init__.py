@@ -1,1 +1,1 @@
-"""Checkpoints: `.pth` files (store), sharded directories (sharded, reshard), remote copies, foreign weights."""
+"""Checkpoints: `.pth` files (store), sharded directories (sharded, reshard), and remote copies of both."""

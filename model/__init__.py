@@ -1,6 +1,6 @@
 """The backbones by name: `create_model("ir_se", 100)` is a net [B, 3, 112, 112] -> [B, D].
 
-The head (margins, class centers) lives beside them in this package and is imported by its own module's name.
+`register` adds one of your own; `foreign` recognises weights by the keys of these nets.
 """
 
 from __future__ import annotations
@@ -12,28 +12,57 @@ from typing import Callable
 from torch import nn
 
 from model.iresnet import STAGE_UNITS, IResNet, IRNet
-from model.mobilefacenet import MobileFaceNet
+from model.mobilefacenet import MBF, MobileFaceNet
 from model.resnet import PLANS, ResNet
 from runtime.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """One row of the table: how to build it, and what its own lineage uses where the caller leaves a choice open."""
+    """One row of the table: how to build it, and what its upstream project uses where the caller leaves it open."""
 
     build: Callable[..., nn.Module]
-    depths: tuple  # empty: the net has one depth and `net_depth` is not read
-    dropout: float | None  # None: the net has no dropout layer
-    l2_norm: bool  # whether the lineage's forward returns rows of length one
+    depths: tuple = ()  # empty: the net has one depth and `net_depth` is not read
+    dropout: float | None = None  # None: the net has no dropout layer
+    l2_norm: bool | None = None  # whether forward returns rows of length one; None: build takes no such argument
+    upstream: str = ""  # whose published weights have its keys
+    channel_order: str = "rgb"  # of the images that those weights were trained on
 
 
+# InsightFace_Pytorch and Ascend's version decode their data with OpenCV and never swap the channels; arcface_torch and
+# PLSC read RGB.
 BACKBONES = {
-    "ir": Backbone(IRNet, tuple(STAGE_UNITS), dropout=0.6, l2_norm=True),
-    "ir_se": Backbone(partial(IRNet, squeeze_excite=True), tuple(STAGE_UNITS), dropout=0.6, l2_norm=True),
-    "mobilefacenet": Backbone(MobileFaceNet, (), dropout=None, l2_norm=True),
-    "iresnet": Backbone(IResNet, tuple(STAGE_UNITS), dropout=0.0, l2_norm=False),
-    "resnet": Backbone(ResNet, tuple(PLANS), dropout=0.4, l2_norm=False),
+    "ir": Backbone(IRNet, tuple(STAGE_UNITS), 0.6, True, "InsightFace_Pytorch", "bgr"),
+    "ir_se": Backbone(partial(IRNet, squeeze_excite=True), tuple(STAGE_UNITS), 0.6, True, "InsightFace_Pytorch", "bgr"),
+    "mobilefacenet": Backbone(MobileFaceNet, (), None, True, "InsightFace_Pytorch", "bgr"),
+    "iresnet": Backbone(IResNet, tuple(STAGE_UNITS), 0.0, False, "arcface_torch"),
+    "mbf": Backbone(MBF, (), None, False, "arcface_torch"),
+    "mbf_large": Backbone(partial(MBF, stage_units=(2, 8, 12, 4), width=4), (), None, False, "arcface_torch"),
+    "resnet": Backbone(ResNet, tuple(PLANS), 0.4, False, "PLSC"),
 }
+
+
+def register(name: str, depths: tuple = (), dropout: float | None = None, l2_norm: bool | None = None):
+    """Enters a backbone of your own as `--net_mode=name`; decorates its class or the function that makes it.
+
+    The decorated is called with embedding_size=D and must give a module [B, 3, 112, 112] -> [B, D]. What else it takes
+    is said here: depths (then it is called with depth=), the default dropout (dropout=), and whether it returns rows
+    of length one by default (l2_norm=); heads and verification normalise by themselves.
+
+        @model.register("tiny")
+        class Tiny(nn.Module):
+            def __init__(self, embedding_size): ...
+
+    Raises ModelError for a name that is taken.
+    """
+
+    def enter(build):
+        if name in BACKBONES:
+            raise ModelError(f"net_mode {name!r}: there is one of this name already: choose another")
+        BACKBONES[name] = Backbone(build, tuple(depths), dropout, l2_norm)
+        return build
+
+    return enter
 
 
 def describe(
@@ -71,7 +100,7 @@ def describe(
         "net_depth": net_depth,
         "embedding_size": embedding_size,
         "dropout": dropout,
-        "l2_norm": backbone.l2_norm if l2_norm is None else bool(l2_norm),
+        "l2_norm": backbone.l2_norm if None in (l2_norm, backbone.l2_norm) else bool(l2_norm),
     }
 
 
@@ -86,8 +115,9 @@ def create_model(
 ) -> nn.Module:
     """A freshly initialised backbone, [B, 3, 112, 112] -> [B, embedding_size], in training mode.
 
-    `dropout` and `l2_norm` (whether rows come out with length one) default to the lineage's own. The initial weights
-    come from torch's CPU generator whatever `device` is, so that one seed gives one net everywhere.
+    `dropout` and `l2_norm` (whether rows come out with length one) default to the upstream project's own. The initial
+    weights come from torch's CPU generator whatever `device` is, so that one seed gives one net everywhere. The net's
+    attribute `channel_order` says which images it takes, "rgb" until somebody sets another; its state dict carries it.
 
     Raises ModelError for a choice that does not exist.
     """
@@ -96,4 +126,13 @@ def create_model(
     # a net of one depth, or without dropout, takes no such argument
     names = {"net_depth": "depth"}
     arguments = {names.get(name, name): value for name, value in arguments.items() if value is not None}
-    return BACKBONES[net_mode].build(**arguments).to(device=device, dtype=dtype)
+    net = BACKBONES[net_mode].build(**arguments).to(device=device, dtype=dtype)
+    net.channel_order = "rgb"
+    net._register_state_dict_hook(_say_channel_order)
+    return net
+
+
+def _say_channel_order(net, state: dict, prefix: str, notes: dict) -> None:
+    # The keys of a bare state dict are an upstream project's own; what tells ours apart is among the notes that torch
+    # keeps and saves with it (`_metadata`).
+    notes["channel_order"] = net.channel_order

@@ -4,7 +4,7 @@
 excitation); `IResNet` is arcface_torch's (`iresnet`). Both follow arXiv 1801.07698, section 3.1: a 3x3 stem at full
 resolution, four stages which each halve the resolution, and batch norm - dropout - linear - batch norm on the
 512 x 7 x 7 map. They differ inside the unit and in the shortcut, so that neither's weights fit the other.
-Attribute names are those of the two lineages, because they are the keys of the published state dicts.
+Attribute names are those of the two upstream projects, because they are the keys of the published state dicts.
 
 Shapes: B images, C channels, H height, W width, D embedding.
 """
@@ -81,7 +81,8 @@ class IRNet(nn.Module):
     ):
         super().__init__()
         width = STAGE_WIDTHS[-1]
-        # the output layer before the body: the lineage's order of parameters, which its optimizer states are indexed by
+        # the output layer before the body: the upstream project's order of parameters, by which its optimizer states
+        # are indexed
         self.input_layer = nn.Sequential(conv(3, STEM_WIDTH, 3), nn.BatchNorm2d(STEM_WIDTH), PReLU(STEM_WIDTH))
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(width),

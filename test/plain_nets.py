@@ -13,9 +13,16 @@ from torch.nn import functional as F
 
 def plain_forward(net_mode: str, state: dict, x_BCHW, training: bool = False):
     """The embedding before any normalisation; training=True takes the batch's own statistics (no dropout)."""
-    return {"ir": _ir, "ir_se": _ir, "iresnet": _staged, "resnet": _staged, "mobilefacenet": _mobilefacenet}[net_mode](
-        _Ops(state, training, eps=2e-5 if net_mode == "resnet" else 1e-5), x_BCHW
-    )
+    forward = {
+        "ir": _ir,
+        "ir_se": _ir,
+        "iresnet": _staged,
+        "resnet": _staged,
+        "mobilefacenet": _mobilefacenet,
+        "mbf": _mbf,
+        "mbf_large": _mbf,
+    }[net_mode]
+    return forward(_Ops(state, training, eps=2e-5 if net_mode == "resnet" else 1e-5), x_BCHW)
 
 
 class _Ops:
@@ -109,6 +116,30 @@ def _mobilefacenet(ops, x):
             x = bottleneck(f"{stack}.model.{index}", x, stride=1)
     x = block("conv_6_dw", block("conv_6_sep", x), padding=0, prelu=False)
     return ops.norm("bn", ops.linear("linear", x.flatten(1)))
+
+
+def _mbf(ops, x):
+    def block(name, x, stride=1, padding=None, prelu=True):
+        x = ops.norm(f"{name}.layers.1", ops.conv(f"{name}.layers.0", x, stride, padding))
+        return ops.prelu(f"{name}.layers.2", x) if prelu else x
+
+    def bottleneck(name, x, stride):
+        y = block(f"{name}.layers.1", block(f"{name}.layers.0", x), stride)
+        y = block(f"{name}.layers.2", y, prelu=False)
+        return x + y if stride == 1 else y
+
+    x = block("layers.0", x, stride=2)
+    if ops.has("layers.1.layers.0.layers."):
+        for unit in range(ops.count(r"layers\.1\.layers\.(\d+)\.")):
+            x = bottleneck(f"layers.1.layers.{unit}", x, stride=1)
+    else:
+        x = block("layers.1", x)
+    for index in (2, 4, 6):
+        x = bottleneck(f"layers.{index}", x, stride=2)
+        for unit in range(ops.count(rf"layers\.{index + 1}\.layers\.(\d+)\.")):
+            x = bottleneck(f"layers.{index + 1}.layers.{unit}", x, stride=1)
+    x = block("features.layers.0", block("conv_sep", x), padding=0, prelu=False)
+    return ops.norm("features.layers.3", ops.linear("features.layers.2", x.flatten(1)))
 
 
 def randomise_(net, seed: int = 0):

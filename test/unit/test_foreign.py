@@ -9,19 +9,22 @@ import pytest
 import torch
 from plain_nets import plain_forward, randomise_
 
-from checkpoint.foreign import load_foreign
-from checkpoint.store import save_pth
+import model
+from checkpoint.store import load_pth, save_pth
 from model import BACKBONES, create_model
+from model.foreign import recognise
 from runtime.errors import CheckpointError
 
 pytestmark = pytest.mark.core
 
 NETS = [(mode, depth) for mode, backbone in BACKBONES.items() for depth in backbone.depths or (None,)]
-LINEAGE = {
+UPSTREAM = {
     "ir": ("InsightFace_Pytorch", "bgr"),
     "ir_se": ("InsightFace_Pytorch", "bgr"),
     "mobilefacenet": ("InsightFace_Pytorch", "bgr"),
     "iresnet": ("arcface_torch", "rgb"),
+    "mbf": ("arcface_torch", "rgb"),
+    "mbf_large": ("arcface_torch", "rgb"),
     "resnet": ("PLSC", "rgb"),
 }
 
@@ -39,7 +42,7 @@ def shapes_of(net_mode, net_depth, embedding_size):
 @pytest.fixture(scope="module")
 def small():
     """A state dict of ir_se 18 with embedding size 8, which has every kind of key."""
-    return create_model("ir_se", 18, embedding_size=8).state_dict()
+    return dict(create_model("ir_se", 18, embedding_size=8).state_dict())  # without the notes that ours carry
 
 
 @pytest.mark.parametrize("net_mode, net_depth", NETS)
@@ -47,15 +50,15 @@ def test_every_net_is_recognised(net_mode, net_depth):
     shapes = shapes_of(net_mode, net_depth, 96)
     # expanded from one number: a state dict of the right shapes without the memory
     state = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
-    foreign = load_foreign(state)
+    foreign = recognise(state)
     assert (foreign.net_mode, foreign.net_depth, foreign.embedding_size) == (net_mode, net_depth, 96)
-    assert (foreign.lineage, foreign.channel_order) == LINEAGE[net_mode]
+    assert (foreign.upstream, foreign.channel_order) == UPSTREAM[net_mode]
     assert {key: value.shape for key, value in foreign.state_dict.items()} == shapes
     assert foreign.head_kernel is None
 
 
 def test_the_keys_are_those_of_the_published_files(small):
-    # as listed by the lineages' own programs: none of these strings comes from our modules
+    # as listed by the upstream projects' own programs: none of these strings comes from our modules
     assert {
         "input_layer.0.weight", "input_layer.1.running_var", "input_layer.2.weight", "body.0.res_layer.0.bias",
         "body.2.shortcut_layer.0.weight", "body.2.shortcut_layer.1.num_batches_tracked",
@@ -74,7 +77,7 @@ def test_the_keys_are_those_of_the_published_files(small):
     } - set(shapes_of("iresnet", 18, 8)) == {"layer4.1.downsample.1.weight"}  # fmt: skip
 
 
-@pytest.mark.parametrize("net_mode", ["ir_se", "iresnet", "mobilefacenet"])
+@pytest.mark.parametrize("net_mode", ["ir_se", "iresnet", "mobilefacenet", "mbf"])
 @pytest.mark.parametrize("wrapped", ["bare", "module.", "training", "legacy"])
 def test_files_give_the_outputs_that_their_own_keys_say(tmp_path, net_mode, wrapped):
     state = randomise_(create_model(net_mode, 18, embedding_size=8)).state_dict()
@@ -88,7 +91,7 @@ def test_files_give_the_outputs_that_their_own_keys_say(tmp_path, net_mode, wrap
         save_pth(path, content)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=False)
-    foreign = load_foreign(path)
+    foreign = recognise(load_pth(path), place=path)
     net = create_model(foreign.net_mode, foreign.net_depth, foreign.embedding_size, l2_norm=False).eval()
     net.load_state_dict(foreign.state_dict)
     x_BCHW = torch.randn(1, 3, 112, 112)
@@ -102,36 +105,67 @@ def test_files_give_the_outputs_that_their_own_keys_say(tmp_path, net_mode, wrap
 def test_a_training_checkpoint_of_arcface_torch(small):
     state = create_model("iresnet", 18, embedding_size=8).state_dict()
     content = {"epoch": 1, "global_step": 5, "state_dict_backbone": state, "state_dict_softmax_fc": {}}
-    foreign = load_foreign(content)
-    assert (foreign.lineage, foreign.net_mode, foreign.net_depth) == ("arcface_torch", "iresnet", 18)
+    foreign = recognise(content)
+    assert (foreign.upstream, foreign.net_mode, foreign.net_depth) == ("arcface_torch", "iresnet", 18)
 
 
 def test_it_says_what_it_found(small):
     content = {"model": small, "head": {"module.kernel": torch.ones(8, 10)}}
-    assert str(load_foreign(content)) == (
-        "InsightFace_Pytorch ir_se 18, embedding size 8, head of 10 classes, bgr (said by the lineage)"
+    assert str(recognise(content)) == (
+        "InsightFace_Pytorch ir_se 18, embedding size 8, head of 10 classes, bgr (assumed)"
     )
-    assert str(load_foreign(small, "rgb")) == (
-        "InsightFace_Pytorch ir_se 18, embedding size 8, no head, rgb (said by the caller)"
-    )
+    assert str(recognise(small, "rgb")) == ("InsightFace_Pytorch ir_se 18, embedding size 8, no head, rgb (as told)")
 
 
 def test_whose_word_the_channel_order_is(small):
     def order(content, told=None):
-        foreign = load_foreign(content, channel_order=told)
+        foreign = recognise(content, channel_order=told)
         return foreign.channel_order, foreign.channel_order_from
 
-    assert order(small) == ("bgr", "lineage")
+    assert order(small) == ("bgr", "upstream")
     assert order({"model": small, "meta": {"channel_order": "rgb"}}) == ("rgb", "file")
-    assert order({"model": small, "meta": {"channel_order": "rgb"}}, "bgr") == ("bgr", "caller")
-    assert order({"model": small, "meta": {"channel_order": None}}) == ("bgr", "lineage")
+    assert order({"model": small, "meta": {"channel_order": "rgb"}}, "bgr") == ("bgr", "option")
+    assert order({"model": small, "meta": {"channel_order": None}}) == ("bgr", "upstream")
     with pytest.raises(CheckpointError, match="^channel_order 'grb': choose from rgb, bgr$"):
-        load_foreign(small, "grb")
+        recognise(small, "grb")
+
+
+def test_a_bare_state_dict_of_ours_says_its_channel_order(tmp_path):
+    """Its keys are those of InsightFace_Pytorch, whose nets want BGR."""
+    net = create_model("mobilefacenet", embedding_size=8)
+    for wrap in (lambda net: net, torch.nn.DataParallel):
+        for order in ("rgb", "bgr"):
+            net.channel_order = order
+            torch.save(wrap(net).state_dict(), tmp_path / "bare.pth")
+            foreign = recognise(load_pth(tmp_path / "bare.pth"))
+            assert (foreign.channel_order, foreign.channel_order_from, foreign.assumed) == (order, "file", "")
+    theirs = recognise(dict(net.state_dict()))
+    assert "bgr is assumed, as InsightFace_Pytorch trains; pass --weights_channel_order=rgb" in theirs.assumed
+
+
+def test_weights_of_a_registered_net_are_known_by_what_the_file_says(own_net):
+    state = create_model("own_net", embedding_size=8).state_dict()
+    meta = model.describe("own_net", embedding_size=8)
+    foreign = recognise({"model": state, "meta": {**meta, "channel_order": "rgb"}})
+    assert (foreign.net_mode, foreign.net_depth, foreign.embedding_size) == ("own_net", None, 8)
+    with pytest.raises(CheckpointError, match="^a.pth: like the own_net, but without 1.weight"):
+        recognise({"model": {k: v for k, v in state.items() if k != "1.weight"}, "meta": meta}, place="a.pth")
+    with pytest.raises(CheckpointError, match="^a.pth: net_mode 'yours': choose from ir, "):
+        recognise({"model": state, "meta": {**meta, "net_mode": "yours"}}, place="a.pth")
+
+
+@pytest.fixture
+def own_net(monkeypatch):
+    monkeypatch.setattr(model, "BACKBONES", dict(model.BACKBONES))
+
+    @model.register("own_net")
+    def make(embedding_size):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, embedding_size))
 
 
 def test_half_precision_comes_as_float32(small):
     half = {key: value.half() if value.is_floating_point() else value for key, value in small.items()}
-    foreign = load_foreign({"model": half, "head": {"kernel": torch.ones(8, 3).half()}})
+    foreign = recognise({"model": half, "head": {"kernel": torch.ones(8, 3).half()}})
     assert foreign.state_dict["body.0.res_layer.1.weight"].dtype == torch.float32
     assert foreign.state_dict["body.0.res_layer.0.num_batches_tracked"].dtype == torch.int64
     assert foreign.head_kernel.dtype == torch.float32
@@ -140,7 +174,7 @@ def test_half_precision_comes_as_float32(small):
 
 def test_files_from_before_batches_were_counted(small):
     old = {key: value for key, value in small.items() if "num_batches_tracked" not in key}
-    create_model("ir_se", 18, embedding_size=8).load_state_dict(load_foreign(old).state_dict)
+    create_model("ir_se", 18, embedding_size=8).load_state_dict(recognise(old).state_dict)
 
 
 def changed(state, drop=(), **new):
@@ -154,12 +188,10 @@ def test_what_is_refused_and_how(small):
     for content, message in (
         (
             {"backbone.conv.weight": torch.ones(1), "backbone.conv.bias": torch.ones(1)},
-            "state dict: no known face net: it holds backbone.conv.weight, backbone.conv.bias, where "
-            "InsightFace_Pytorch has input_layer.0.weight and body.0.res_layer.1.weight; "
-            "InsightFace_Pytorch has conv1.conv.weight and conv2_dw.conv.weight; "
-            "arcface_torch has layer1.0.conv1.weight and prelu.weight",
+            "state dict: no known face net: it holds backbone.conv.weight, backbone.conv.bias, which is in none of "
+            "ir, ir_se, mobilefacenet, iresnet, mbf, mbf_large, resnet",
         ),
-        ({}, "state dict: no known face net: it holds nothing, where "),
+        ({}, "state dict: no known face net: it holds nothing, which is in none of "),
         (bare_head, "state dict: it is a head alone: pass the file of the backbone (model_*.pth)"),
         (
             {"weights": [1, 2], "epoch": 3},
@@ -172,7 +204,7 @@ def test_what_is_refused_and_how(small):
         ),
         (
             changed(small, drop=no_unit_7),
-            "state dict: its stages have 2-2-2-1 units, which no known depth has (18 is 2-2-2-2, 34 is 3-4-6-3, ",
+            "state dict: like InsightFace_Pytorch ir_se 18, but without body.7.res_layer.0.weight, ",
         ),
         (
             changed(small, **{"body.0.res_layer.6.weight": torch.ones(1)}),
@@ -189,21 +221,21 @@ def test_what_is_refused_and_how(small):
         ),
     ):
         with pytest.raises(CheckpointError) as caught:
-            load_foreign(content)
+            recognise(content)
         assert str(caught.value).startswith(message)
         assert "\n" not in str(caught.value)
 
 
 def test_a_state_that_was_read_already_is_named_as_told():
     with pytest.raises(CheckpointError, match="^runs/a.pth: it is a head alone"):
-        load_foreign({"kernel": torch.ones(8, 3)}, place="runs/a.pth")
+        recognise({"kernel": torch.ones(8, 3)}, place="runs/a.pth")
 
 
 def test_keys_of_odd_shape_are_refused_in_one_line(small):
     for key in small:
         odd = changed(small, **{key: torch.ones(()) if small[key].dim() else torch.ones(2)})
         with pytest.raises(CheckpointError) as caught:
-            load_foreign(odd)
+            recognise(odd)
         assert "\n" not in str(caught.value)
 
 
@@ -211,7 +243,7 @@ def test_every_single_missing_key_is_noticed(small):
     for key in small:
         if "num_batches_tracked" not in key:
             with pytest.raises(CheckpointError):
-                load_foreign(changed(small, drop=[key]))
+                recognise(changed(small, drop=[key]))
 
 
 class RunsCode:
@@ -230,6 +262,6 @@ def test_files_that_cannot_be_read(tmp_path, small, capsys):
     torch.save([1, 2], listing)
     for path in (cut, hostile, listing, tmp_path / "absent.pth"):
         with pytest.raises(CheckpointError) as caught:
-            load_foreign(path)
+            recognise(load_pth(path), place=path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""

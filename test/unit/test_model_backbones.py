@@ -11,13 +11,14 @@ import torch
 from plain_nets import plain_forward, randomise_
 from torch import nn
 
-from model import BACKBONES, create_model, describe
+from model import BACKBONES, create_model, describe, register
 from runtime.errors import ModelError
 
 pytestmark = pytest.mark.core
 
 # the cheapest net of each kind; resnet has plain units at 50 and bottlenecks at 101
-SMALLEST = [("ir", 18), ("ir_se", 18), ("iresnet", 18), ("mobilefacenet", None), ("resnet", 50), ("resnet", 101)]
+SMALLEST = [("ir", 18), ("ir_se", 18), ("iresnet", 18), ("mobilefacenet", None), ("mbf", None)]
+SMALLEST += [("mbf_large", None), ("resnet", 50), ("resnet", 101)]
 
 PARAMETERS = [
     ("ir", 50, 43_574_976),
@@ -27,6 +28,8 @@ PARAMETERS = [
     ("ir_se", 100, 65_502_016),
     ("ir_se", 152, 71_148_736),
     ("mobilefacenet", None, 1_200_512),
+    ("mbf", None, 2_059_520),
+    ("mbf_large", None, 6_314_880),
     ("iresnet", 50, 43_590_848),
     ("iresnet", 100, 65_156_160),
 ]
@@ -73,9 +76,11 @@ def test_float32_is_as_near_to_float64_as_the_plain_formulation_is(net_mode, net
     assert error <= 4 * plain_error
 
 
-@pytest.mark.parametrize("net_mode, net_depth", [("ir_se", 18), ("iresnet", 18), ("mobilefacenet", None)])
+@pytest.mark.parametrize(
+    "net_mode, net_depth", [("ir_se", 18), ("iresnet", 18), ("mobilefacenet", None), ("mbf", None)]
+)
 def test_gradients_are_those_of_the_plain_formulation(net_mode, net_depth):
-    dropout = None if net_mode == "mobilefacenet" else 0.0
+    dropout = None if net_depth is None else 0.0
     net = randomise_(create_model(net_mode, net_depth, 8, dropout=dropout, l2_norm=False, dtype=torch.float64))
     x_BCHW, weight_BD = images(3), torch.randn(3, 8, dtype=torch.float64)
     leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in net.named_parameters()}
@@ -94,8 +99,16 @@ def dropouts(net):
 
 
 @pytest.mark.parametrize("net_mode", BACKBONES)
-def test_each_lineages_own_defaults(net_mode):
-    own = {"ir": 0.6, "ir_se": 0.6, "mobilefacenet": None, "iresnet": 0.0, "resnet": 0.4}
+def test_each_upstream_projects_own_defaults(net_mode):
+    own = {
+        "ir": 0.6,
+        "ir_se": 0.6,
+        "iresnet": 0.0,
+        "resnet": 0.4,
+        "mobilefacenet": None,
+        "mbf": None,
+        "mbf_large": None,
+    }
     net = create_model(net_mode, 50, embedding_size=16)
     assert dropouts(net) == ([] if own[net_mode] is None else [own[net_mode]])
     with torch.no_grad():
@@ -143,7 +156,7 @@ def test_a_description_builds_the_same_net(net_mode):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"net_mode": "irse"}, "net_mode 'irse': choose from ir, ir_se, mobilefacenet, iresnet, resnet"),
+        ({"net_mode": "irse"}, "net_mode 'irse': choose from " + ", ".join(BACKBONES)),
         ({"net_mode": "ir", "net_depth": 101}, "net_depth 101: ir has 18, 34, 50, 100, 152, 200"),
         ({"net_mode": "resnet"}, "net_depth 100: resnet has 50, 101, 152"),
         ({"net_mode": "ir", "embedding_size": 0}, "embedding_size 0: give a whole number of at least 1 (512 is usual)"),
@@ -195,3 +208,31 @@ def test_rows_of_zero_stay_finite():
     with torch.no_grad():
         net.bn.weight.zero_()
         assert torch.equal(net(images(1, torch.float32)), torch.zeros(1, 8))
+
+
+def test_a_registered_backbone_is_built_as_it_says(monkeypatch):
+    monkeypatch.setattr("model.BACKBONES", dict(BACKBONES))
+
+    @register("plain_net")
+    class Plain(nn.Module):
+        def __init__(self, embedding_size):
+            super().__init__()
+            self.fc = nn.Linear(3, embedding_size)
+
+        def forward(self, x_BCHW):
+            return self.fc(x_BCHW.mean((2, 3)))
+
+    @register("deep_net", depths=(1, 2), dropout=0.1, l2_norm=True)
+    def make(depth, embedding_size, dropout, l2_norm):
+        return nn.Sequential(
+            *(nn.Dropout(dropout) for _ in range(depth)), nn.Flatten(), nn.Identity() if l2_norm else nn.ReLU()
+        )
+
+    assert create_model("plain_net", embedding_size=5)(images(2, torch.float32)).shape == (2, 5)
+    assert describe("plain_net", l2_norm=False)["l2_norm"] is None
+    assert dropouts(create_model("deep_net", 2, dropout=0.3)) == [0.3, 0.3]
+    assert isinstance(create_model("deep_net", 1, l2_norm=False)[-1], nn.ReLU)
+    with pytest.raises(ModelError, match="net_depth 100: deep_net has 1, 2"):
+        create_model("deep_net")
+    with pytest.raises(ModelError, match="net_mode 'ir': there is one of this name already"):
+        register("ir")(make)
