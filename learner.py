@@ -30,8 +30,10 @@ from model import foreign
 from runtime import log as runlog
 from runtime.device import Device, parse_device
 from runtime.dist import ALONE, World, wrap_data_parallel
+from runtime.divergence import first_non_finite
 from runtime.errors import CheckpointError, ConfigError
-from runtime.precision import Precision, first_non_finite, parse_loss_scale
+from runtime.loss_scale import parse_loss_scale
+from runtime.precision import make_precision
 from runtime.profile import profiled
 from verify import embed, facebank
 
@@ -93,7 +95,7 @@ class Learner:
             incr_ratio=config.incr_ratio,
             decr_ratio=config.decr_ratio,
         )
-        self.precision = Precision(opt_level, self.device, world, scaling, config.amp_backend)
+        self.precision = make_precision(opt_level, self.device, world, scaling, config.amp_backend)
         self.meta = {
             **model.describe(config.net_mode, config.net_depth, config.embedding_size, config.drop_ratio, l2_norm),
             "normalisation": "(x / 255 - 0.5) / 0.5",

@@ -26,7 +26,8 @@ from data.transforms import to_input
 from head.head import MarginHead
 from model import create_model
 from runtime.device import Device, parse_device
-from runtime.precision import POLICIES, Precision, parse_loss_scale
+from runtime.loss_scale import parse_loss_scale
+from runtime.precision import POLICIES, Precision
 
 
 def train(name: str, seed: int, dataset, device: Device, options) -> dict:

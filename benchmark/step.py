@@ -51,7 +51,8 @@ from optim import SGD_KINDS, make_sgd, parameter_groups, sgd_kind
 from runtime import log
 from runtime.device import Device, parse_device
 from runtime.errors import UserError
-from runtime.precision import POLICIES, Precision, parse_loss_scale
+from runtime.loss_scale import parse_loss_scale
+from runtime.precision import POLICIES, Precision
 
 EMBEDDING_SIZE = 512
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -1,26 +1,26 @@
 """Precision policies O0, O1, O2, fp16, bf16, bf16_master: what a step computes in, and when it is skipped.
 
 One step under every policy (Precision.backward and Precision.step):
-loss * scale -> backward -> gradients to fp32 and back to their true size -> one inf or nan anywhere, the head's
+loss * scale -> backward -> gradients to fp32 and back to their true size -> one inf or nan anywhere, loss and head's
 gradients included? -> the ranks agree (maximum) -> clip -> every rank updates, or every rank skips
--> fp32 masters are copied into the half weights -> the scale follows PLSC's six parameters.
+-> fp32 masters are copied into the half weights -> the scale follows PLSC's six parameters (runtime.loss_scale).
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from runtime.device import Device
 from runtime.dist import ALONE, World
+from runtime.divergence import Divergence
 from runtime.errors import DeviceError, PrecisionError
+from runtime.loss_scale import DYNAMIC, LossScale, LossScaling
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # the base class has no public name
 LARGEST_FP16 = 65504.0
@@ -61,92 +61,13 @@ POLICIES = {
 }
 
 
-@dataclass(frozen=True)
-class LossScaling:
-    """PLSC's six parameters of loss scaling, with its meaning; policies without fp16 do not scale.
-
-    After incr_every_n_steps good steps in a row the scale is multiplied by incr_ratio, after decr_every_n_nan_or_inf
-    bad steps in a row by decr_ratio, though not below 1 (or below init_loss_scaling, where that is smaller).
-    use_dynamic_loss_scaling=False: the scale stays init_loss_scaling, and the other four say nothing.
-    """
-
-    init_loss_scaling: float = 2.0**16
-    incr_every_n_steps: int = 2000
-    decr_every_n_nan_or_inf: int = 2
-    incr_ratio: float = 2.0
-    decr_ratio: float = 0.5
-    use_dynamic_loss_scaling: bool = True
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "init_loss_scaling": (0 < self.init_loss_scaling < math.inf, "a positive number such as 128.0"),
-            "incr_every_n_steps": (self.incr_every_n_steps >= 1, "1 or more steps"),
-            "decr_every_n_nan_or_inf": (self.decr_every_n_nan_or_inf >= 1, "1 or more steps"),
-            "incr_ratio": (1 < self.incr_ratio < math.inf, "more than 1"),
-            "decr_ratio": (0 < self.decr_ratio < 1, "between 0 and 1"),
-        }
-        for name, (good, wanted) in allowed.items():
-            if not good:
-                raise PrecisionError(f"{name} {getattr(self, name)}: give {wanted}")
-
-    @property
-    def smallest(self) -> float:
-        """The scale under which it does not fall."""
-        return min(1.0, self.init_loss_scaling) if self.use_dynamic_loss_scaling else self.init_loss_scaling
-
-
-def parse_loss_scale(text: str | float, **six) -> LossScaling:
-    """A fixed scale ("128.0"), or "dynamic": dynamic scaling with PLSC's parameters `six` (LossScaling's fields).
-
-    Raises PrecisionError in one line for anything else: 0, a negative number, a word.
-    """
-    scaling = LossScaling(**six)
-    if str(text).strip().lower() == "dynamic":
-        return replace(scaling, use_dynamic_loss_scaling=True)
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise PrecisionError(f"loss_scale '{text}': give a positive number such as 128.0, or 'dynamic'")
-    return replace(scaling, init_loss_scaling=value, use_dynamic_loss_scaling=False)
-
-
-class LossScale:
-    """The scale and its counters as 0-dim fp32 tensors on the device, so that no step waits for the host."""
-
-    def __init__(self, scaling: LossScaling, device: torch.device) -> None:
-        self.scaling = scaling
-        self.value = torch.tensor(float(scaling.init_loss_scaling), device=device)
-        self.good, self.bad, self.skipped, self.stuck = (torch.zeros((), device=device) for _ in range(4))
-
-    def count(self, found_inf: torch.Tensor) -> None:
-        """Skipped steps, and those in a row that no smaller scale could have saved. found_inf: 0-dim, 0.0 or 1.0."""
-        at_smallest = (self.value <= self.scaling.smallest).float()
-        self.skipped = self.skipped + found_inf
-        self.stuck = (self.stuck + at_smallest) * found_inf
-
-    def adjust(self, found_inf: torch.Tensor) -> None:
-        """The dynamic scale after a step; equals torch.amp.GradScaler's where decr_every_n_nan_or_inf is 1."""
-        rules = self.scaling
-        if not rules.use_dynamic_loss_scaling:
-            return
-        self.good = (self.good + 1) * (1 - found_inf)
-        self.bad = (self.bad + 1) * found_inf
-        grow, shrink = self.good >= rules.incr_every_n_steps, self.bad >= rules.decr_every_n_nan_or_inf
-        larger, smaller = self.value * rules.incr_ratio, (self.value * rules.decr_ratio).clamp(min=rules.smallest)
-        grown = torch.where(grow & torch.isfinite(larger), larger, self.value)
-        self.value = torch.where(shrink, smaller, grown)
-        self.good, self.bad = self.good * ~grow, self.bad * ~shrink
-
-
 class Precision:
     """A policy carried out on a device and over the ranks of `world`.
 
     name: one of POLICIES. scaling: how fp16 policies scale the loss; the others run at scale 1.
-    amp_backend: "native", "auto" (the same), or "apex": an installed apex that still has `amp`, for O0, O1 and O2.
-    patience: steps in a row without a usable gradient, at the smallest scale, after which step() gives up.
-    Raises PrecisionError (an unknown policy or backend, no apex.amp) or DeviceError (a type that the device lacks).
+    patience: steps in a row that were not finite after which step() gives up (runtime.divergence).
+    Raises PrecisionError (an unknown policy) or DeviceError (a type that the device lacks). make_precision also knows
+    apex.
     """
 
     def __init__(
@@ -154,23 +75,21 @@ class Precision:
         name: str,
         device: Device,
         world: World = ALONE,
-        scaling: LossScaling = LossScaling(),
-        amp_backend: str = "auto",
-        patience: int = 50,
+        scaling: LossScaling = DYNAMIC,
+        patience: int = 20,
     ) -> None:
         if name not in POLICIES:
             raise PrecisionError(f"opt_level '{name}': choose from {', '.join(POLICIES)}")
-        if amp_backend not in ("auto", "native", "apex"):
-            raise PrecisionError(f"amp_backend '{amp_backend}': choose from auto, native, apex")
         self.policy = POLICIES[name]
         if not device.supports(self.policy.compute):
             raise DeviceError(_unsupported(self.policy, device))
         if self.policy.autocast:
             device.autocast(self.policy.autocast)  # where old torch has none it says so here, not at the first step
-        self.device, self.world, self.patience = device, world, patience
+        self.device, self.world = device, world
         if not self.policy.scaled:
             scaling = LossScaling(init_loss_scaling=1.0, use_dynamic_loss_scaling=False)
         self.loss_scale = LossScale(scaling, device.torch)
+        self.divergence = Divergence(device.torch, world, patience)
         self.saturates = (
             self.policy.scaled and device.kind == "npu" and device.describe().get("name") in SATURATING_CHIPS
         )
@@ -178,8 +97,6 @@ class Precision:
         self._masters: dict[str, nn.Parameter] = {}  # fp32, by the name of the half weight
         self._halves: list[nn.Parameter] = []  # the half weights, in the masters' order
         self._model_params: list[nn.Parameter] = []
-        self._steps = 0
-        self._apex = _Apex(_import_apex_amp(), self.policy, scaling) if amp_backend == "apex" else None
 
     @property
     def scale(self) -> float:
@@ -189,7 +106,12 @@ class Precision:
     @property
     def skipped(self) -> int:
         """Steps skipped so far. Reading it waits for the device: read it when logging."""
-        return int(self.loss_scale.skipped)
+        return int(self.divergence.skipped)
+
+    def finite(self, also: Iterable[torch.Tensor] = ()) -> bool:
+        """Whether the training may be saved: the newest losses, gradients, what is optimised and the tensors `also`
+        hold numbers alone. Every rank must call it, and all get the same answer; it waits for the device."""
+        return self.divergence.finite([*self.names.values(), *also])
 
     def prepare(
         self,
@@ -203,11 +125,6 @@ class Precision:
         with fp32 masters in place of half weights where the policy has masters. Without it (inference) the model is
         only cast and None comes back. Call it before DistributedDataParallel wraps the model.
         """
-        if make_optimizer is None:
-            self._apex = None
-        if self._apex is not None:
-            optimizer, self.names = self._apex.prepare(model, make_optimizer, groups)
-            return optimizer
         masters = _cast_weights_(model, self.policy.weights, self.policy.masters and make_optimizer is not None)
         named = dict(model.named_parameters())
         self._masters = {name: masters[p] for name, p in named.items() if p in masters}
@@ -223,22 +140,20 @@ class Precision:
 
     def autocast(self):
         """The context for the model's forward; the head's loss belongs outside of it."""
-        if self._apex is not None or self.policy.autocast is None:
+        if self.policy.autocast is None:
             return nullcontext()
         return self.device.autocast(self.policy.autocast)
 
     def cast_input(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] in the type of half weights; as it is where autocast or apex cast, or nothing has to."""
-        if self._apex is not None or self.policy.weights == torch.float32:
+        """[B, 3, H, W] in the type of half weights; as it is where autocast casts or nothing has to."""
+        if self.policy.weights == torch.float32:
             return images
         return images.to(self.policy.weights)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of loss * scale; may be called several times before step(), to accumulate. loss: 0-dim."""
-        if self._apex is not None:
-            self._apex.backward(loss)
-        else:
-            (loss * self.loss_scale.value).backward()
+        self.divergence.see(loss)
+        (loss * self.loss_scale.value).backward()
 
     @torch.no_grad()
     def step(
@@ -257,22 +172,17 @@ class Precision:
 
         The host does not wait for the device where the optimizer takes found_inf (torch's fused SGD). Plain and
         foreach SGD and NpuFusedSGD do not: for them one number is read a step. Every `patience` steps one more is
-        read, and PrecisionError raised where no gradient was usable for so long at the smallest scale.
+        read, and PrecisionError raised where loss or gradients were not finite for so long.
         """
         if lr is None:
             lr = optimizer.param_groups[0]["lr"]
-        if self._apex is not None:
-            found_inf = self._apex.step(self.world, self.device.torch, head, lr, max_norm, self.loss_scale)
-            self.loss_scale.count(found_inf)
-            self._stop_if_stuck(diagnose)
-            return
         self._widen_gradients()
         optimised = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         inv_scale = self.loss_scale.value.reciprocal()
         found_inf = unscale_and_check_([p.grad for p in optimised], inv_scale, self.saturates)
         if head is not None:
             found_inf = torch.max(found_inf, head.found_inf().to(found_inf))
-        self.world.all_reduce_(found_inf, op="max")
+        found_inf = self.divergence.agree(found_inf)
         if max_norm:
             nn.utils.clip_grad_norm_(optimised, max_norm)
         _update_unless(found_inf, optimizer)
@@ -280,13 +190,13 @@ class Precision:
             head.step(lr, inv_scale, found_inf)
         self._narrow_masters()
         self._drop_gradients(optimizer)
-        self.loss_scale.count(found_inf)
+        self.divergence.count(found_inf, self.loss_scale.at_smallest())
         self.loss_scale.adjust(found_inf)
-        self._stop_if_stuck(diagnose)
+        self.divergence.check(diagnose)
 
     def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """model.state_dict() in fp32, from the masters where there are any. The tensors are the model's own memory."""
-        exact = self._apex.masters(self.names) if self._apex is not None else self._masters
+        exact = self._exact()
         state = {name: exact.get(name, value).detach() for name, value in model.state_dict().items()}
         return {name: _widened(value) for name, value in state.items()}
 
@@ -294,38 +204,34 @@ class Precision:
     def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         """What model_state() gave under any policy, into model and masters, in place."""
         model.load_state_dict(state)
-        exact = self._apex.masters(self.names) if self._apex is not None else self._masters
-        for name, master in exact.items():
+        for name, master in self._exact().items():
             master.copy_(state[name])
 
     def state_dict(self) -> dict:
         """Plain numbers: the policy's name, the scale and the counters."""
         s = self.loss_scale
-        good = self._apex.good_steps() if self._apex is not None else float(s.good)
         return {
             "policy": self.policy.name,
             "dynamic": self.policy.scaled and s.scaling.use_dynamic_loss_scaling,
             "scale": float(s.value),
-            "good_steps": good,
+            "good_steps": float(s.good),
             "bad_steps": float(s.bad),
-            "skipped": float(s.skipped),
-            "stuck": float(s.stuck),
-            "steps": self._steps,
+            **self.divergence.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping) -> None:
         """Continue from state_dict() of any policy: the scale is taken over from dynamic to dynamic scaling only."""
         s = self.loss_scale
-        self._steps = int(state["steps"])
-        s.skipped.fill_(state["skipped"])
+        self.divergence.load_state_dict(state)
         if not (self.policy.scaled and s.scaling.use_dynamic_loss_scaling and state["dynamic"]):
             return
         s.value.fill_(state["scale"])
         s.good.fill_(state["good_steps"])
         s.bad.fill_(state["bad_steps"])
-        s.stuck.fill_(state["stuck"])
-        if self._apex is not None:
-            self._apex.set_scale(state["scale"], state["good_steps"])
+
+    def _exact(self) -> dict[str, torch.Tensor]:
+        """The fp32 tensors that are updated in place of half weights, by the weights' names."""
+        return self._masters
 
     def _widen_gradients(self) -> None:
         """The half gradients as fp32 gradients of the masters, whose .grad keeps its memory: NpuFusedSGD needs that."""
@@ -351,18 +257,6 @@ class Precision:
             own = self._model_params
         for p in own:
             p.grad = None
-
-    def _stop_if_stuck(self, diagnose: Callable[[], str] | None) -> None:
-        self._steps += 1
-        if self._steps % self.patience or int(self.loss_scale.stuck) < self.patience:
-            return
-        found = self.world.all_gather_object(diagnose() if diagnose else "")
-        first = next((f"; first not finite: {text} on rank {rank}" for rank, text in enumerate(found) if text), "")
-        raise PrecisionError(
-            f"no usable gradient for {int(self.loss_scale.stuck)} steps at the smallest loss scale "
-            f"{self.loss_scale.scaling.smallest:g}{first}: lower the learning rate, look at the data, or choose "
-            "--opt_level=O0"
-        )
 
 
 def _cast_weights_(model: nn.Module, dtype: torch.dtype, with_masters: bool) -> dict[nn.Parameter, nn.Parameter]:
@@ -451,124 +345,21 @@ def _unsupported(policy: Policy, device: Device) -> str:
     )
 
 
-def first_non_finite(model: nn.Module, scaled_loss: Callable[[], torch.Tensor]) -> str:
-    """The first module whose output, or else whose output's or parameter's gradient, is inf or nan; "" if none is.
+def make_precision(
+    name: str,
+    device: Device,
+    world: World = ALONE,
+    scaling: LossScaling = DYNAMIC,
+    amp_backend: str = "auto",
+    patience: int = 20,
+) -> Precision:
+    """A Precision of ours ("native", "auto"), or one that an installed apex carries out ("apex"; O0, O1 and O2 only).
 
-    scaled_loss: runs the model on a batch and returns the 0-dim loss, scaled as training scales it. It is called
-    once and goes backward once on every rank, whatever is found, so that ranks that exchange gradients stay together.
-    """
-    found: list[str] = []
+    Raises PrecisionError for an unknown policy or backend and where no apex has amp, else as Precision."""
+    if amp_backend not in ("auto", "native", "apex"):
+        raise PrecisionError(f"amp_backend '{amp_backend}': choose from auto, native, apex")
+    if amp_backend == "apex":
+        from runtime.apex import ApexPrecision
 
-    def note(text: str, t: torch.Tensor) -> None:
-        if not found and not bool(torch.isfinite(t).all()):
-            found.append(text)
-
-    def watch_output(label: str):
-        def hook(module, inputs, output):
-            for t in output if isinstance(output, (tuple, list)) else [output]:
-                note(f"output of {label}", t)
-                if t.requires_grad:
-                    t.register_hook(lambda grad: note(f"gradient of the output of {label}", grad))
-
-        return hook
-
-    def watch_gradient(name: str):
-        return lambda grad: note(f"gradient of {name}", grad)
-
-    handles = []
-    for name, module in model.named_modules():
-        label = f"{name or 'the network'} ({type(module).__name__})"
-        handles.append(module.register_forward_hook(watch_output(label)))
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            handles.append(p.register_hook(watch_gradient(name)))
-    try:
-        with torch.enable_grad():
-            loss = scaled_loss()
-            note("the loss", loss)
-            loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else ""
-
-
-def _import_apex_amp():
-    """apex.amp, or PrecisionError in one line: NVIDIA's apex has had none since 2025."""
-    cure = "install one that has it (NVIDIA's tag 25.05, Ascend's apex), or choose --amp_backend=native"
-    try:
-        import apex
-    except ImportError as error:
-        raise PrecisionError(f"amp_backend apex: no apex is installed here ({error}): {cure}") from error
-    try:
-        from apex import amp
-    except ImportError as error:
-        version = getattr(apex, "__version__", "")
-        raise PrecisionError(f"amp_backend apex: the installed apex {version} has no amp: {cure}") from error
-    return amp
-
-
-class _Apex:
-    """The same step with apex.amp, through its documented interface: initialize, scale_loss, master_params, state."""
-
-    def __init__(self, amp, policy: Policy, scaling: LossScaling) -> None:
-        if policy.name not in ("O0", "O1", "O2"):
-            raise PrecisionError(f"amp_backend apex: it has no policy {policy.name}, only O0, O1, O2")
-        self.amp, self.policy, self.scaling = amp, policy, scaling
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.skips = False  # apex found an overflow on this rank since the last step
-        self.scales: set[float] = set()  # of the micro-batches since the last step
-
-    def prepare(self, model, make_optimizer, groups):
-        optimizer = make_optimizer([dict(group) for group in groups])
-        named = {id(p): name for name, p in model.named_parameters()}
-        order = [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        dynamic = self.scaling.use_dynamic_loss_scaling
-        options = {"opt_level": self.policy.name}
-        options["loss_scale"] = "dynamic" if dynamic else self.scaling.init_loss_scaling
-        if "combine_grad" in inspect.signature(self.amp.initialize).parameters:  # Ascend's apex
-            options["combine_grad"] = True
-        _, self.optimizer = self.amp.initialize(model, optimizer, **options)
-        return self.optimizer, dict(zip(order, self.amp.master_params(self.optimizer)))
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self.scales.add(self._scaler()["loss_scale"])
-        # Where it finds an overflow, apex puts a stand-in in place of optimizer.step that does nothing once.
-        step_before = vars(self.optimizer).get("step")
-        with self.amp.scale_loss(loss, self.optimizer) as scaled_loss:
-            scaled_loss.backward()
-        self.skips |= vars(self.optimizer).get("step") is not step_before
-
-    def step(self, world, device, head, lr, max_norm, loss_scale: LossScale) -> torch.Tensor:
-        # apex may change the scale between micro-batches, which the head's sum of scaled gradients does not survive
-        bad = self.skips or len(self.scales) > 1
-        found_inf = torch.tensor(float(bad), device=device)
-        if head is not None:
-            found_inf = torch.max(found_inf, head.found_inf().to(found_inf))
-        world.all_reduce_(found_inf, op="max")
-        if not float(found_inf) and max_norm:
-            nn.utils.clip_grad_norm_(list(self.amp.master_params(self.optimizer)), max_norm)
-        if not float(found_inf) or self.skips:
-            self.optimizer.step()
-        if head is not None:
-            head.step(lr, torch.tensor(1.0 / max(self.scales), device=device), found_inf)
-        self.optimizer.zero_grad()
-        self.skips, self.scales = False, set()
-        loss_scale.value.fill_(self._scaler()["loss_scale"])
-        if float(found_inf) and world.size > 1:
-            # only the ranks that met the overflow have lowered their scale
-            self.set_scale(float(world.all_reduce_(loss_scale.value, op="min")), 0)
-        return found_inf
-
-    def masters(self, names: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What apex updates, by name: under O2 its fp32 masters, else the parameters themselves."""
-        return dict(zip(names, self.amp.master_params(self.optimizer)))
-
-    def good_steps(self) -> float:
-        return float(self._scaler()["unskipped"])
-
-    def set_scale(self, scale: float, good_steps: float) -> None:
-        self.amp.load_state_dict({"loss_scaler0": {"loss_scale": scale, "unskipped": int(good_steps)}})
-
-    def _scaler(self) -> dict:
-        return self.amp.state_dict()["loss_scaler0"]
+        return ApexPrecision(name, device, world, scaling, patience)
+    return Precision(name, device, world, scaling, patience)

@@ -9,16 +9,18 @@ import torch
 from torch import nn
 
 import optim
-from runtime.device import Device
+from runtime.device import Cpu
 from runtime.dist import ALONE
+from runtime.divergence import first_non_finite
 from runtime.errors import PrecisionError
-from runtime.precision import LossScaling, Precision, first_non_finite
+from runtime.loss_scale import LossScaling
+from runtime.precision import make_precision
 
 STAND_IN = str(Path(__file__).resolve().parent / "apex_stand_in")
 STATIC = LossScaling(init_loss_scaling=128.0, use_dynamic_loss_scaling=False)
 
 
-class AnyType(Device):
+class AnyType(Cpu):
     """A cpu that is trusted with every type: what these tests compute in half exists on torch 1.8's cpu too."""
 
     def supports(self, dtype):
@@ -73,7 +75,7 @@ class Run:
         torch.manual_seed(seed)
         self.model = Net()
         self.head = Head()
-        self.precision = Precision(name, device, world, scaling, **options)
+        self.precision = make_precision(name, device, world, scaling, **options)
         groups = optim.parameter_groups(self.model, "ir", 5e-4)
         self.optimizer = self.precision.prepare(
             self.model, lambda groups: optim.make_sgd(groups, 0.125, 0.9, device, kind), groups

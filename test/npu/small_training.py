@@ -12,7 +12,8 @@ from head.head import MarginHead
 from model import create_model
 from optim import head_weight_decay, make_sgd, parameter_groups
 from runtime.device import Device
-from runtime.precision import LossScaling, Precision
+from runtime.loss_scale import LossScaling
+from runtime.precision import Precision
 
 CLASSES, BATCH, LR = 11, 6, 0.02
 STATIC = LossScaling(init_loss_scaling=128.0, use_dynamic_loss_scaling=False)

@@ -11,7 +11,8 @@ from small_training import SmallTraining
 from checkpoint import store
 from optim import load_optimizer_state, optimizer_state
 from runtime.device import Device
-from runtime.precision import POLICIES, LossScaling
+from runtime.loss_scale import LossScaling
+from runtime.precision import POLICIES
 
 pytestmark = pytest.mark.npu
 
@@ -86,7 +87,7 @@ def test_a_chip_that_saturates(npu_python):
     code = """
 import torch
 from runtime.device import parse_device
-from runtime.precision import LossScaling
+from runtime.loss_scale import LossScaling
 from small_training import SmallTraining
 scaling = LossScaling(init_loss_scaling=2.0**40, decr_every_n_nan_or_inf=1)
 training = SmallTraining(parse_device("npu"), "fp16", scaling=scaling)

@@ -93,7 +93,7 @@ def test_devices_are_named_in_one_place():
             ):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} torch.{node.attr}")
         wrong += [f"{path.relative_to(ROOT)} imports {n}" for n in imported(path) if n.split(".")[0] == "torch_npu"]
-        if module not in ("runtime.precision", "optim"):
+        if module not in ("runtime.apex", "optim"):
             wrong += [f"{path.relative_to(ROOT)} imports {n}" for n in imported(path) if n.split(".")[0] == "apex"]
     assert not wrong, wrong
 

@@ -421,8 +421,8 @@ def test_a_device_that_vanishes_ends_the_command_in_one_line(base, root, tmp_pat
     code = f"""
 import sys
 import runtime.device
-runtime.device._Cpu.driver_errors = runtime.device._Cuda.driver_errors
-runtime.device._Cpu.tool = "nvidia-smi"
+runtime.device.Cpu.driver_errors = runtime.device.Cuda.driver_errors
+runtime.device.Cpu.tool = "nvidia-smi"
 import learner
 steps = []
 def step(self, batches, lr, method=learner.Learner._train_step):

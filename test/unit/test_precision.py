@@ -10,17 +10,16 @@ from torch import nn
 from workers_precision import CPU, STATIC, AnyType, Head, Net, Run, same
 
 import optim
-from runtime.device import Device
+from runtime.device import Cpu, Device
 from runtime.dist import ALONE
+from runtime.divergence import first_non_finite
 from runtime.errors import DeviceError, PrecisionError
+from runtime.loss_scale import LossScale, LossScaling, parse_loss_scale
 from runtime.precision import (
     LARGEST_FP16,
     POLICIES,
-    LossScale,
-    LossScaling,
     Precision,
-    first_non_finite,
-    parse_loss_scale,
+    make_precision,
     unscale_and_check_,
 )
 
@@ -53,7 +52,7 @@ def test_an_unknown_policy_or_backend_names_the_choices():
         Precision("O5", CPU)
     assert one_line(caught) == "opt_level 'O5': choose from O0, O1, O2, fp16, bf16, bf16_master"
     with pytest.raises(PrecisionError) as caught:
-        Precision("O2", CPU, amp_backend="cuda")
+        make_precision("O2", CPU, amp_backend="cuda")
     assert one_line(caught) == "amp_backend 'cuda': choose from auto, native, apex"
 
 
@@ -84,12 +83,12 @@ def test_each_of_the_six_parameters_is_checked(name, value):
         LossScaling(**{name: value})
 
 
-class OnlyFp32(Device):
+class OnlyFp32(Cpu):
     def supports(self, dtype):
         return dtype in (torch.float32, torch.float64)
 
 
-class NoBf16(Device):
+class NoBf16(Cpu):
     def supports(self, dtype):
         return dtype != torch.bfloat16
 
@@ -323,11 +322,9 @@ def test_the_scale_follows_the_six_parameters(rules, share_bad):
     founds = (torch.rand(200, generator=torch.Generator().manual_seed(1)) < share_bad).float()
     scale, scales = LossScale(rules, torch.device("cpu")), []
     for found in founds:
-        scale.count(found)
         scale.adjust(found)
         scales.append(float(scale.value))
     assert scales == plscs_scale(rules, founds.tolist())
-    assert float(scale.skipped) == founds.sum()
     assert len(set(scales)) > 1 or share_bad == 0.9  # one bad step after another keeps a small scale where it is
 
 
@@ -511,21 +508,54 @@ def test_a_training_without_usable_gradients_stops_and_names_the_module(name, sc
         for seed in range(1, 30):
             run.step(seed, diagnose=lambda: first_non_finite(run.model, lambda: run.loss(0)))
     text = one_line(caught)
-    assert "first not finite: output of out (Linear) on rank 0" in text and "--opt_level=O0" in text
-    assert f"smallest loss scale {run.precision.loss_scale.scaling.smallest:g};" in text
-    assert seed < 15
+    assert "loss not finite for the last" in text and "first not finite: output of out (Linear) on rank 0" in text
+    assert all(cure in text for cure in ("--lr", "--warmup_epochs", "--clip_grad_norm", "--loss_scale"))
+    assert seed < 10 and not run.precision.finite()
     after = run.everything()
     assert all(torch.equal(before[key].nan_to_num(7.0), after[key].nan_to_num(7.0)) for key in before)
 
 
 def test_a_scale_that_can_still_fall_is_not_stuck():
     run = Run("O2", LossScaling(init_loss_scaling=2.0**16, decr_every_n_nan_or_inf=2), patience=4)
+
+    def overflow(seed):
+        run.precision.backward(run.loss(seed))
+        run.model.out.weight.grad[0, 0] = float("inf")
+        run.precision.step(run.optimizer, head=run.head)
+
     for seed in range(32):
-        run.step(seed, factor=float("inf"))
+        overflow(seed)
+        assert run.precision.finite()
     assert run.precision.scale == 1.0 and run.precision.skipped == 32
-    with pytest.raises(PrecisionError, match="no usable gradient for 4 steps"):
+    with pytest.raises(PrecisionError, match="gradients not finite for the last 4 of 36 steps"):
         for seed in range(4):
-            run.step(seed, factor=float("inf"))
+            overflow(seed)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_what_is_not_finite_is_not_to_be_saved(name):
+    """Under every policy: a loss that is not finite at once, gradients after a few steps in a row, weights at once."""
+    run = Run(name)
+    run.step(0)
+    run.precision.divergence.check(at_end=True)
+    assert run.precision.finite()
+    run.step(1, factor=float("nan"))
+    assert not run.precision.finite() and run.precision.skipped == 1
+    run.step(2)
+    assert run.precision.finite()
+    for seed in range(3):
+        assert run.precision.finite()
+        run.precision.backward(run.loss(seed))
+        run.head.weight.grad[0, 0] = float("inf")
+        run.precision.step(run.optimizer, head=run.head)
+    assert not run.precision.finite()
+    with pytest.raises(PrecisionError, match="gradients not finite for the last 3 of 6 steps: try a lower --lr"):
+        run.precision.divergence.check(at_end=True)
+    run.step(3)
+    assert run.precision.finite() and not run.precision.finite([torch.tensor([1.0, float("inf")])])
+    with torch.no_grad():
+        run.precision.names["slope"][0] = float("nan")
+    assert not run.precision.finite()
 
 
 def test_good_steps_between_bad_ones_are_not_stuck():

@@ -10,8 +10,10 @@ from workers_precision import STAND_IN, STATIC, Run, same
 
 import optim
 from runtime.device import Device
+from runtime.divergence import first_non_finite
 from runtime.errors import PrecisionError
-from runtime.precision import LossScaling, Precision, first_non_finite
+from runtime.loss_scale import LossScaling
+from runtime.precision import make_precision
 
 pytestmark = pytest.mark.core
 OLD_TORCH = int(torch.__version__.split(".")[0]) < 2
@@ -116,7 +118,9 @@ def test_checkpoints_move_between_the_backends(apex, backends):
 def test_a_stuck_training_stops(apex):
     run, nan = Run("O2", STATIC, amp_backend="apex", patience=4), float("nan")
     before = run.everything()
-    with pytest.raises(PrecisionError, match="no usable gradient for 4 steps.*first not finite: the loss on rank 0"):
+    with pytest.raises(
+        PrecisionError, match="loss not finite for the last 4 of 4 steps; first not finite: the loss on rank 0"
+    ):
         for seed in range(8):
             run.step(seed, nan, diagnose=lambda: first_non_finite(run.model, lambda: run.loss(0, nan)))
     assert same(before, run.everything())
@@ -125,14 +129,14 @@ def test_a_stuck_training_stops(apex):
 def test_inference_needs_no_initialize(apex):
     run = Run("O2", STATIC, amp_backend="apex")
     calls = len(apex.calls)
-    precision = Precision("O2", run.precision.device, amp_backend="apex")
+    precision = make_precision("O2", run.precision.device, amp_backend="apex")
     precision.prepare(run.model)
     assert len(apex.calls) == calls and precision.cast_input(torch.ones(1)).dtype == torch.float16
 
 
 def refused(policy="O2"):
     with pytest.raises(PrecisionError) as caught:
-        Precision(policy, Device("cpu") if policy == "O0" else Run("O0").precision.device, amp_backend="apex")
+        make_precision(policy, Device("cpu") if policy == "O0" else Run("O0").precision.device, amp_backend="apex")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
