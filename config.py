@@ -49,6 +49,8 @@ def option(
     return dataclasses.field(default=default, metadata={**metadata, "old": old})
 
 
+# The name of a run, and so of a file.
+CASE = r"\w[\w.+-]*"
 FILLED = r".+ a folder's name, and is empty (is a variable of your shell not set?)"
 INSIDE = r"(?!(.*/)?\.\.(/|$)).* a folder inside the store, and leads out of the store with .."
 
@@ -211,7 +213,7 @@ class Config:
     )
     run_dir: str = option("", "folder of metrics.jsonl; a new one in work_path/log when not given")
     case: str = option(
-        "", "name of the run in reports", form=r"(\w[\w.+-]*)? the name of a file: letters, digits and _ . + -"
+        "", "name of the run in reports", form=rf"({CASE})? the name of a file: letters, digits and _ . + -"
     )
     pth_path: str = option(
         "", "weights to start from or to evaluate: ours or a known project's; of a folder the newest"

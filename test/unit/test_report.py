@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import report
+from report import __main__ as command
 from runtime.dist import ALONE
 from runtime.errors import ReportError
 from runtime.log import RunLog
@@ -74,7 +75,7 @@ def texts(folder):
 
 def test_the_lines_that_tools_read(run_log, tmp_path, capsys):
     whole_run(run_log)
-    report.main([str(tmp_path), "--case", "LResNet100E_bs512_2p_acc"])
+    command.main([str(tmp_path), "--case", "LResNet100E_bs512_2p_acc"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == [
         "set     net        pairs  accuracy         threshold  TAR at FAR 0.001  TAR at FAR 0.0001",
@@ -96,7 +97,7 @@ def test_the_lines_that_tools_read(run_log, tmp_path, capsys):
 
 def test_the_json_holds_the_numbers_and_says_what_they_are(run_log, tmp_path):
     whole_run(run_log)
-    report.main([str(tmp_path), "--output", str(tmp_path / "out")])
+    command.main([str(tmp_path), "--output", str(tmp_path / "out")])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "ir_se_100_bs512_1p_acc.log", "report.json", "report.html"
     }  # fmt: skip
@@ -115,7 +116,7 @@ def test_the_page_stands_alone_and_shows_everything(run_log, tmp_path):
     pytest.importorskip("matplotlib")
     whole_run(run_log)
     (tmp_path / "contact_sheet.png").write_bytes(PNG)
-    report.main([str(tmp_path)])
+    command.main([str(tmp_path)])
     _, page = texts(tmp_path)
     assert not re.search(r"https?://|<script|<link|@import", page)
     assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', page))
@@ -134,10 +135,10 @@ def test_the_page_says_what_is_missing(run_log, tmp_path, monkeypatch):
     finish(run_log)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    report.main([str(tmp_path)])
+    command.main([str(tmp_path)])
     numbers, page = texts(tmp_path)
     assert "matplotlib is not installed" in page and "<figure>" not in page
-    assert "no contact sheet" in page and "no verification set was judged" in page
+    assert "no contact sheet" in page and "nothing was verified" in page
     assert numbers["images_per_s"] is None and "not measured" in numbers["images_per_s_is"]
     assert numbers["loss"] is None and numbers["steps_with_a_loss_that_is_not_finite"] == 1
     assert (tmp_path / "ir_se_100_bs512_1p_acc.log").read_text().splitlines()[5:9] == [
@@ -149,7 +150,7 @@ def test_without_verification_the_accuracy_is_the_trainings(run_log, tmp_path, c
     begin(run_log)
     step(run_log, 5, accuracy=0.125)
     finish(run_log, "max_iter")
-    report.main([str(tmp_path)])
+    command.main([str(tmp_path)])
     assert "Final Train Accuracy : 0.12500" in capsys.readouterr().out
     assert texts(tmp_path)[0]["accuracy_is"] == "top-1 on the training images of step 5 (no set was verified)"
 
@@ -158,7 +159,7 @@ def test_an_evaluation_has_its_own_lines(run_log, tmp_path, capsys):
     begin(run_log, task="evaluate", case="eval")
     verified(run_log, 0, "lfw", 0.9967)
     finish(run_log)
-    report.main([str(tmp_path)])
+    command.main([str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "Final Eval Accuracy : 0.99670", "E2E Eval Duration sec : 12"
     ]  # fmt: skip
@@ -174,9 +175,9 @@ def test_long_curves_get_a_running_mean(run_log, tmp_path):
     for number in range(1, 121):
         step(run_log, number, loss=math.nan if number == 60 else 1.0)
     finish(run_log)
-    report.main([str(tmp_path)])
+    command.main([str(tmp_path)])
     assert 'alt="Loss"' in texts(tmp_path)[1]
-    assert report._running_mean([1, 2, 3, 4], [2.0, 4.0, 6.0, 8.0]) == ([2, 3, 4], [3.0, 5.0, 7.0])
+    assert report.page._running_mean([1, 2, 3, 4], [2.0, 4.0, 6.0, 8.0]) == ([2, 3, 4], [3.0, 5.0, 7.0])
 
 
 # --- several runs in one folder --------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def test_a_line_that_a_killed_run_tore_does_not_hinder_the_resumed_one(run_log, 
 
 def refused(folder, words):
     with pytest.raises(ReportError, match=words) as error:
-        report.main([str(folder)])
+        command.main([str(folder)])
     assert "\n" not in str(error.value)
     assert not list(folder.glob("*.log"))
 
@@ -249,7 +250,7 @@ def test_a_file_without_a_beginning_is_an_error(run_log, tmp_path):
 def test_an_evaluation_without_a_set_is_an_error(run_log, tmp_path):
     begin(run_log, task="evaluate")
     finish(run_log)
-    refused(tmp_path, "judged no verification set")
+    refused(tmp_path, "had no verification set")
 
 
 @pytest.mark.parametrize("place", [11, 12])
@@ -268,6 +269,72 @@ def test_a_damaged_line_is_an_error(run_log, tmp_path, line):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:3], line, *lines[3:]]))
     refused(tmp_path, "line 4 is damaged")
+
+
+WRONG = (None, True, "12", -1, 1e200, [1], {"a": 1}, [None], "<b>")
+
+
+@pytest.mark.parametrize("name", ["run", "step", "verify", "window", "end"])
+def test_a_value_of_a_wrong_type_is_one_line_or_does_no_harm(run_log, tmp_path, name):
+    """Every value of every kind of line, by every kind of wrong value: a report, or one line."""
+    whole_run(run_log)
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    place = next(i for i, line in enumerate(lines) if line["kind"] == name)
+    refusals = 0
+    for key in (*report.metrics.LINES[name], "kind"):
+        for wrong in WRONG:
+            changed = [*lines[:place], {**lines[place], key: wrong}, *lines[place + 1 :]]
+            path.write_text("".join(json.dumps(line) + "\n" for line in changed))
+            try:
+                numbers, curves = report.summarise(report.read_metrics(path), "case")
+                report.final_lines(numbers), report.case_log(numbers), report.result_lines(numbers["verification"])
+            except ReportError as error:
+                refusals += 1
+                assert "\n" not in str(error) and str(error).startswith((str(path), "the run", "metrics.jsonl"))
+    assert refusals > 5
+
+
+def test_deep_and_endless_json_is_one_line(run_log, tmp_path):
+    begin(run_log, versions={"a": 1})
+    path = tmp_path / "metrics.jsonl"
+    line = path.read_text()
+    for value, said in (
+        ("[" * 100_000, "damaged"),
+        ("[" * 40 + "]" * 40, "more than 20 levels"),
+        ("9" * 10_000, "damaged|no end line"),
+    ):
+        path.write_text(line.replace('{"a": 1}', '{"a": ' + value + "}"))
+        refused(tmp_path, said)
+
+
+def test_nothing_from_the_metrics_is_markup_in_the_page(run_log, tmp_path):
+    evil = "<script>alert(1)</script>\"'&$\\frac{"
+    begin(
+        run_log,
+        network="x",
+        case="x",
+        command=evil,
+        commit=evil,
+        device={"machine": evil, evil: evil},
+        fast_paths={evil: evil},
+    )
+    step(run_log, 1)
+    verified(run_log, 1, evil, 0.5, tar_at_far_why_not={evil: evil}, tar_at_far={"0.1": 0.3})
+    finish(run_log, evil)
+    lines = report.read_metrics(tmp_path / "metrics.jsonl")
+    lines[0]["config"][evil] = {evil: [evil]}
+    text = report.page.render(*report.summarise(lines), tmp_path / "contact_sheet.png")
+    assert "<script" not in text and text.count("&lt;script&gt;") > 8
+
+
+def test_the_report_has_images_and_classes(run_log, tmp_path):
+    begin(run_log, images=1600, num_classes=40)
+    step(run_log, 1)
+    finish(run_log)
+    command.main([str(tmp_path)])
+    numbers, page = texts(tmp_path)
+    assert (numbers["images"], numbers["classes"]) == (1600, 40) and "1,600 images, 40 classes" in page
 
 
 def test_a_line_without_its_values_is_an_error(run_log, tmp_path):
@@ -289,7 +356,7 @@ def test_a_stopped_run_gets_its_page_but_no_success(run_log, tmp_path, capsys):
 def test_a_case_that_would_leave_the_folder_is_an_error(run_log, tmp_path):
     whole_run(run_log)
     with pytest.raises(ReportError, match="cannot name a file"):
-        report.main([str(tmp_path), "--case", "../elsewhere"])
+        command.main([str(tmp_path), "--case", "../elsewhere"])
     assert not list(tmp_path.glob("report.*"))
 
 
