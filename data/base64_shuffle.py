@@ -1,0 +1,350 @@
+"""A global shuffle of a base64 list in bounded memory, for sets that are larger than it.
+
+Every line gets a random 64-bit key; the output is the lines in the order of their keys. First pass: pieces of the
+input, on all cores, are divided into buckets by the key's leading bits. Second pass: each bucket, which fits into
+memory, is sorted by key and written to its place. A key depends on the seed and on where the line stands, so that the
+result is the same whatever the memory and the number of processes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import random
+import shutil
+from bisect import bisect_right
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+
+from data.base64_reader import label_comes_first, read_file_list
+from data.parallel import cores, spread
+from runtime.errors import DataError
+
+MEMORY = 1 << 30
+_PIECES_A_WORKER = 4  # what a process holds of a piece or a bucket: its bytes, and the list of its lines
+_MAX_LINE = 64 << 20
+_MAX_DIGITS = 18  # of a label
+_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_TABLE = np.dtype([("at", "<i8"), ("size", "<i8"), ("count", "<i8")])  # of a piece's file: where each bucket begins
+_ENTRY = np.dtype([("key", "<u8"), ("length", "<u4")])  # of a line; packed, 12 bytes
+_SCRATCH = ".process_base64_files"
+
+
+class _Piece(NamedTuple):
+    """A range of bytes of an input part: it owns the lines that begin in it."""
+
+    number: int
+    part: int
+    path: Path
+    start: int
+    stop: int
+
+
+class _Slice(NamedTuple):
+    """Lines [start, stop) of a bucket in the order of keys, which belong into an output part at a byte offset."""
+
+    start: int
+    stop: int
+    part: int
+    offset: int
+
+
+def shuffle(
+    data_dir, file_list: str, nranks: int, seed: int = 0, memory: int = MEMORY, workers: Optional[int] = None
+) -> list[Path]:
+    """Shuffles the set that `data_dir/file_list` names into `nranks` files of equally many lines; their paths.
+
+    They are called base64_rank_0 ... (with a number behind, where such files are there already); the file list names
+    them in the end, and the old list stays as `<file_list>.before`. The input's parts stay as they are. The shortfall
+    of the last file is made up of lines drawn at random from the whole set. memory: bytes that all processes together
+    hold of the set. Raises DataError, and leaves everything as it was, for a line that is not base64 and a label, a
+    part that is missing, an empty set, and too small a disk.
+    """
+    root, list_path = Path(data_dir), Path(data_dir) / file_list
+    if nranks < 1:
+        raise DataError(f"--nranks {nranks}: must be at least 1, the number of devices that will train")
+    if Path(file_list).name != file_list:
+        raise DataError(f"--file_list {file_list}: give the name of a file in --data_dir, without a folder")
+    parts = read_file_list(list_path)
+    label_first = label_comes_first(parts[0])
+    total = sum(part.stat().st_size for part in parts)
+    free = shutil.disk_usage(root).free
+    if 2 * total > free:
+        raise DataError(
+            f"{root}: shuffling {total / 1e9:.2f} GB needs twice as much of the disk, and {free / 1e9:.2f} GB are free"
+        )
+    workers = workers or cores()
+    unit = max(1, memory // (_PIECES_A_WORKER * workers))
+    with _scratch(root) as scratch:
+        buckets = -(-total // unit)
+        jobs = _pieces(parts, unit)
+        divide = partial(_divide, folder=scratch, buckets=buckets, seed=seed, label_first=label_first)
+        lines, sizes = np.zeros(buckets, np.int64), np.zeros(buckets, np.int64)
+        for more, longer in spread(divide, jobs, workers, "reading", "B", lambda piece: piece.stop - piece.start):
+            lines += more
+            sizes += longer
+        made = _write(scratch, len(jobs), lines.tolist(), sizes.tolist(), nranks, seed, workers)
+        return _publish(root, list_path, made)
+
+
+def _pieces(parts: list[Path], unit: int) -> list[_Piece]:
+    places = [
+        (number, path, start, min(start + unit, path.stat().st_size))
+        for number, path in enumerate(parts)
+        for start in range(0, path.stat().st_size, unit)
+    ]
+    return [_Piece(number, *place) for number, place in enumerate(places)]
+
+
+# --- first pass -------------------------------------------------------------------------------------------------------
+
+
+def _divide(piece: _Piece, folder: Path, buckets: int, seed: int, label_first: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Writes the piece's lines to `folder` in the order of their keys, before them for each bucket where its lines
+    begin. How many lines, and how many bytes of them, went into each bucket."""
+    begin, data = _own_lines(piece)
+    lines = data.split(b"\n")
+    offsets = begin + np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])[:-1]]).astype(np.uint64)
+    texts = _checked(lines, data, label_first, piece.path, offsets)
+    keys = _keys(seed, piece.part, offsets)
+    lengths = np.fromiter(map(len, texts), np.uint32, len(texts))
+    order = np.argsort(keys, kind="stable")
+    order = order[lengths[order] > 0]
+    keys, lengths = keys[order], lengths[order]
+    # exact whole numbers: a bucket is [bucket, bucket + 1) * 2^64 / buckets
+    edges = np.array([-(-(bucket << 64) // buckets) for bucket in range(1, buckets)], np.uint64)
+    firsts = np.array([0, *np.searchsorted(keys, edges), len(keys)])
+    counts = np.diff(firsts)
+    sizes = np.diff(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)[firsts])
+    table = np.zeros(buckets, _TABLE)
+    table["count"], table["size"] = counts, sizes
+    spans = counts * _ENTRY.itemsize + sizes
+    table["at"] = table.nbytes + np.cumsum(spans) - spans
+    entries = np.zeros(len(keys), _ENTRY)
+    entries["key"], entries["length"] = keys, lengths
+    ordered = [texts[row] for row in order.tolist()]
+    with open(folder / f"piece_{piece.number}", "wb", buffering=0) as file:
+        file.write(table.tobytes())
+        for first, stop in zip(firsts[:-1].tolist(), firsts[1:].tolist()):
+            file.write(entries[first:stop].tobytes() + b"".join(ordered[first:stop]))
+    return counts, sizes
+
+
+def _own_lines(piece: _Piece) -> tuple[int, bytes]:
+    """The lines that begin in the piece, and the byte of the file where the first of them begins."""
+    with open(piece.path, "rb") as file:
+        if piece.start:
+            file.seek(piece.start - 1)
+            file.readline(_MAX_LINE)
+        begin = file.tell()
+        data = file.read(piece.stop - begin) if begin < piece.stop else b""
+        if data and not data.endswith(b"\n"):
+            rest = file.readline(_MAX_LINE)
+            if len(rest) == _MAX_LINE:
+                raise DataError(f"{piece.path}: a line of more than {_MAX_LINE} bytes: this is no base64 list")
+            data += rest
+    return begin, data
+
+
+def _checked(lines: list[bytes], data: bytes, label_first: bool, path: Path, offsets: np.ndarray) -> list[bytes]:
+    """Each line as `base64<TAB>label<NEWLINE>`, a blank one as nothing; DataError with its number where it is neither.
+
+    data: the lines together. What they hold beside base64's letters is looked at in all of them at once.
+    """
+    letters = not data.translate(None, _ALPHABET + b"=\t\n") and not (
+        label_first and data.count(b"\t") > len(lines) - (not lines[-1])
+    )
+    texts = []
+    for line, offset in zip(lines, offsets):
+        first, _tab, second = line.partition(b"\t")
+        label, image = (first, second) if label_first else (second, first)
+        if letters and label.isdigit() and label[:1] != b"0" and len(label) <= _MAX_DIGITS and _is_padded(image):
+            texts.append(b"%s\t%s\n" % (image, label))
+        else:
+            texts.append(_checked_alone(line.rstrip(b"\r"), label_first, path, int(offset)))
+    return texts
+
+
+def _is_padded(image: bytes) -> bool:
+    """Whether letters of base64 are a whole number of groups, with = only as the last one or two."""
+    left = len(image) - image.find(b"=") if b"=" in image else 0
+    return (
+        image != b"" and len(image) % 4 == 0 and (left < 2 or left == 2 and image.endswith(b"==")) and left < len(image)
+    )
+
+
+def _checked_alone(line: bytes, label_first: bool, path: Path, offset: int) -> bytes:
+    if not line.strip():
+        return b""
+    first, tab, second = line.partition(b"\t")
+    label, image = (first, second) if label_first else (second, first)
+    if not tab:
+        problem = "has no tab between image and label"
+    elif not label.isdigit() or len(label) > _MAX_DIGITS:
+        problem = f"its label {label[:20].decode('latin1')!r} is no number"
+    elif image.translate(None, _ALPHABET + b"=") or not _is_padded(image):
+        problem = "its image is not base64"
+    else:
+        return b"%s\t%d\n" % (image, int(label))
+    with open(path, "rb") as file:
+        number = 1 + sum(file.read(min(1 << 20, offset - at)).count(b"\n") for at in range(0, offset, 1 << 20))
+    order = "label<TAB>base64" if label_first else "base64<TAB>label"
+    raise DataError(f"{path} line {number}: {problem}; '{order}' is needed, as on the list's first line")
+
+
+def _keys(seed: int, part: int, offsets: np.ndarray) -> np.ndarray:
+    """A random uint64 for each line: SplitMix64 of its place, from a start of its own for each seed and part."""
+    start = int.from_bytes(hashlib.blake2b(b"%d %d" % (seed, part), digest_size=8).digest(), "little")
+    keys = offsets * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
+
+
+# --- second pass ------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, pieces: int, lines: list, sizes: list, nranks: int, seed: int, workers: int) -> list[Path]:
+    """The output parts, in `folder`. lines, sizes: of each bucket."""
+    count = sum(lines)
+    if not count:
+        raise DataError("the list's part files hold no line")
+    length = -(-count // nranks)
+    begins = [0, *accumulate(lines)]
+    # The byte where a bucket begins in its part is known before it is sorted, except for the few that a part ends in.
+    slices, offset = [], 0
+    for bucket in range(len(lines)):
+        cuts = [*range(-(-begins[bucket] // length) * length, begins[bucket + 1], length)]
+        if begins[bucket] % length == 0:
+            offset, cuts = 0, cuts[1:]
+        edges = [begins[bucket], *cuts, begins[bucket + 1]]
+        lengths = [sizes[bucket]]
+        if cuts:
+            ordered = _load(bucket, folder, pieces).lengths
+            lengths = [
+                int(ordered[start - begins[bucket] : stop - begins[bucket]].sum())
+                for start, stop in zip(edges, edges[1:])
+            ]
+        mine = []
+        for start, stop, size in zip(edges, edges[1:], lengths):
+            if start in cuts:
+                offset = 0
+            mine.append(_Slice(start - begins[bucket], stop - begins[bucket], start // length, offset))
+            offset += size
+        slices.append(mine)
+    made = [folder / f"base64_rank_{rank}" for rank in range(nranks)]
+    for path in made:
+        path.touch()
+    drawn = _draw(count, length * nranks - count, seed)
+    wanted = [[] for _ in lines]
+    for at in set(drawn):
+        bucket = bisect_right(begins, at) - 1
+        wanted[bucket].append(at - begins[bucket])
+    jobs = [job for job in zip(range(len(lines)), slices, wanted) if lines[job[0]]]
+    place = partial(_place, folder=folder, pieces=pieces, made=made)
+    texts = {}
+    for (bucket, _slices, _wanted), given in zip(
+        jobs, spread(place, jobs, workers, "writing", "B", lambda job: sizes[job[0]])
+    ):
+        texts.update({begins[bucket] + at: text for at, text in given.items()})
+    for at, source in enumerate(drawn, start=count):
+        with open(made[at // length], "ab") as file:
+            file.write(texts[source])
+    return made
+
+
+def _draw(count: int, shortfall: int, seed: int) -> list[int]:
+    """Positions of the lines that stand in once more, distinct while they last."""
+    source, drawn = random.Random(seed), []
+    while len(drawn) < shortfall:
+        drawn += source.sample(range(count), min(count, shortfall - len(drawn)))
+    return drawn
+
+
+class _Bucket(NamedTuple):
+    """A bucket's bytes, and where its lines stand in them, in the order of keys."""
+
+    data: bytearray
+    begins: np.ndarray
+    lengths: np.ndarray
+
+    def text(self, start: int, stop: int) -> bytes:
+        view = memoryview(self.data)
+        places = zip(self.begins[start:stop].tolist(), self.lengths[start:stop].tolist())
+        return b"".join([view[begin : begin + length] for begin, length in places])
+
+
+def _load(bucket: int, folder: Path, pieces: int) -> _Bucket:
+    data, entries = bytearray(), []
+    for number in range(pieces):
+        with open(folder / f"piece_{number}", "rb", buffering=0) as file:
+            row = os.pread(file.fileno(), _TABLE.itemsize, bucket * _TABLE.itemsize)
+            at, size, count = np.frombuffer(row, _TABLE)[0].tolist()
+            entries.append(os.pread(file.fileno(), count * _ENTRY.itemsize, at))
+            data += os.pread(file.fileno(), size, at + count * _ENTRY.itemsize)
+    entries = np.frombuffer(b"".join(entries), _ENTRY)
+    lengths = entries["length"].astype(np.int64)
+    begins = np.cumsum(lengths) - lengths
+    order = np.argsort(entries["key"], kind="stable")
+    return _Bucket(data, begins[order], lengths[order])
+
+
+def _place(job, folder: Path, pieces: int, made: list[Path]) -> dict[int, bytes]:
+    """Writes one bucket to where it belongs; the lines asked for, by their position in the bucket."""
+    number, slices, wanted = job
+    bucket = _load(number, folder, pieces)
+    for piece in slices:
+        with open(made[piece.part], "r+b", buffering=0) as file:
+            file.seek(piece.offset)
+            file.write(bucket.text(piece.start, piece.stop))
+    return {row: bucket.text(row, row + 1) for row in wanted}
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+class _scratch:
+    """A folder of our own in the set's, without what an interrupted run left there; gone in the end."""
+
+    def __init__(self, root: Path):
+        self.path = root / _SCRATCH
+
+    def __enter__(self) -> Path:
+        self.path.mkdir(exist_ok=True)
+        self.lock = open(self.path / "lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"{self.path}: another run shuffles this set now: wait for its end") from None
+        for file in self.path.glob("*_*"):
+            file.unlink()
+        return self.path
+
+    def __exit__(self, *error) -> None:
+        self.lock.close()
+        shutil.rmtree(self.path)
+
+
+def _publish(root: Path, list_path: Path, made: list[Path]) -> list[Path]:
+    """Moves the finished parts beside the input, then the list: until then the old one names the old parts."""
+    generation = 0
+    while True:
+        suffix = f".{generation}" if generation else ""
+        paths = [root / (path.name + suffix) for path in made]
+        if not any(path.exists() for path in paths):
+            break
+        generation += 1
+    for source, target in zip(made, paths):
+        os.replace(source, target)
+    before = list_path.with_name(list_path.name + ".before")
+    if not before.exists():
+        shutil.copyfile(list_path, before)
+    partial_list = made[0].with_name("new_list")
+    partial_list.write_text("".join(f"{path.name}\n" for path in paths), encoding="utf-8")
+    os.replace(partial_list, list_path)
+    return paths
