@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -183,3 +184,19 @@ def test_setting_up_twice_does_not_double_lines(root):
     code = "from runtime.log import setup_logging as s; import logging; s(); s(); logging.warning('once')"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stderr == "once\n"
+
+
+@pytest.mark.parametrize(
+    "command, said, policy",
+    [("train", {}, "PASSIVE"), ("evaluate", {}, "PASSIVE"), ("train", {"OMP_WAIT_POLICY": "active"}, "ACTIVE")],
+)
+def test_threads_of_a_command_sleep_while_they_wait_unless_the_user_says_otherwise(root, command, said, policy):
+    """Plainly started, as no launcher has set anything. OpenMP's library reads its settings when torch brings it."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, f"{command}.py", "--device_type=cpu", "--data_path=/missing", "--pth_path=/missing"],
+        cwd=root, capture_output=True, text=True, timeout=300, env={**environment, "OMP_DISPLAY_ENV": "true", **said},
+    )  # fmt: skip
+    if "OPENMP DISPLAY ENVIRONMENT" not in done.stderr:
+        pytest.skip("this torch brings no OpenMP that tells its settings")
+    assert done.returncode == 1 and f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
