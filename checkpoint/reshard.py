@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import layout, store
+from checkpoint import layout, sharded, store
 from runtime.errors import CheckpointError
 from runtime.log import run_command, setup_logging
 from runtime.shard import RowShard
@@ -86,17 +86,16 @@ def _write_rank(folder, rank: int, ranks: int, tensors: dict, tables: list, read
     with layout.RankFile(folder, rank) as file:
         for number, (name, stored) in enumerate(tensors.items()):
             if name in tables:
-                shard = RowShard.of(stored.shape[0], rank, ranks)
+                shard = RowShard.of(stored.rows, rank, ranks)
             elif number % ranks == rank:  # not cut: one rank has it all
-                shard = RowShard.of(stored.shape[0])
+                shard = RowShard.of(stored.rows)
             else:
                 continue
             for piece in stored.pieces:
                 start, stop = max(piece.row, shard.start), min(piece.row + piece.rows, shard.stop)
-                if start < stop or not stored.shape[0]:
-                    data = reader.read(piece)
-                    data = data[(start - piece.row) * stored.row_bytes : (stop - piece.row) * stored.row_bytes]
-                    written.setdefault(name, []).append(file.append(start, stop - start, data))
+                if start < stop or not stored.rows:
+                    rows = sharded.piece_rows(reader, stored, piece)[start - piece.row : stop - piece.row]
+                    written.setdefault(name, []).append(file.append(start, rows if stored.shape else rows[0]))
     return written
 
 
@@ -117,7 +116,11 @@ def to_pth(source, path) -> None:
         momentum = None
     try:
         with layout.PieceReader(source) as reader, ExitStack() as stack:
-            small = {name: _read(reader, entry) for name, entry in index.tensors.items() if not name.startswith(ROWS)}
+            small = {
+                name: sharded.read_whole(reader, entry)
+                for name, entry in index.tensors.items()
+                if not name.startswith(ROWS)
+            }
             state = layout.decode(index.values, small)
             weight_CW = _read_aside(reader, weight, path.parent, stack)
             # What the table holds beyond the embedding's width is a bias.
@@ -141,19 +144,7 @@ def _read_aside(reader, stored, folder, stack):
     # Reserved, not only sized: a write through the mapping to a full disk would kill the process.
     os.posix_fallocate(file.fileno(), 0, max(1, 4 * stored.shape[0] * stored.shape[1]))
     table = torch.from_file(file.name, shared=True, size=stored.shape[0] * stored.shape[1])
-    return _read(reader, stored, table.reshape(stored.shape))
-
-
-def _read(reader, stored, target=None):
-    """The whole tensor, into `target` of its shape if given."""
-    dtype = layout.DTYPES[stored.dtype][0]
-    if target is None:
-        target = torch.empty(stored.shape, dtype=dtype)
-    for piece in stored.pieces:
-        if piece.bytes:
-            rows = torch.frombuffer(reader.read(piece), dtype=dtype).reshape(piece.rows, *stored.shape[1:])
-            target[piece.row : piece.row + piece.rows] = rows
-    return target
+    return sharded.read_whole(reader, stored, table.reshape(stored.shape))
 
 
 def main(arguments=None) -> None:

@@ -1,56 +1,34 @@
-"""Full checkpoints of a run on any number of ranks, by torch.distributed.checkpoint (torch 2.3 or newer).
+"""Full checkpoints of a run on any number of ranks (torch 2.3 or newer), as checkpoint/layout.py lays them on disk.
 
 Each rank writes the rows of the big tables (class centers, momentum) that it holds, and a share of what all ranks have
-alike; N ranks write, M ranks read. torch plans who reads what and sees to it that all ranks succeed or fail together;
-the bytes and the index lie on disk as checkpoint/layout.py says, because torch's own files are pickles, which a
-stranger's checkpoint must not be.
+alike; N ranks write, M ranks read. All ranks succeed or fail together, with the same error.
 
 Saving copies the state to the host and writes it beside the training; the checkpoint appears, whole, in one rename.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import shutil
 import threading
 import time
-import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from checkpoint import layout
+from runtime import host
 from runtime.dist import ALONE, World
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, DamagedCheckpoint
 from runtime.shard import RowShard
-
-try:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import LoadPlanner, SavePlanner, StorageReader, StorageWriter
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-    from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
-    from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-    from torch.distributed.checkpoint.storage import WriteResult
-except ImportError:  # torch before 2.0, or built without distributed
-    dcp = None
-    LoadPlanner = SavePlanner = StorageReader = StorageWriter = object
 
 log = logging.getLogger(__name__)
 
 
 def available() -> bool:
     """Whether this torch can write and read sharded checkpoints."""
-    # 2.2 has the interface, but loads only where there is a process group.
-    return dcp is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3)
+    return torch.distributed.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3)
 
 
 def _check_available() -> None:
@@ -61,29 +39,53 @@ def _check_available() -> None:
         )
 
 
+def _agree(world: World, error, value=None, what: str = "") -> list:
+    """The values of all ranks; where a rank has an error, the first one's, raised on every rank."""
+    told = None
+    if error is not None:
+        # Only what crosses to other processes: the class that decides what callers do, and the line.
+        kind = type(error) if isinstance(error, CheckpointError) else CheckpointError
+        line = str(error)
+        if isinstance(error, OSError):
+            line = (
+                f"{what} (rank {world.rank}: {error.strerror or error}); earlier ones are untouched: "
+                "free space or choose another folder"
+            )
+        told = (kind, line)
+    answers = world.all_gather_object((told, value))
+    for failed, _value in answers:
+        if failed is not None:
+            raise failed[0](failed[1]) from error
+    return [value for _failed, value in answers]
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
 class Saver:
     """Saves checkpoints of one run into `folder`, which all ranks see and no other run writes to.
 
-    keep: how many of the newest stay. background: copy the state to the host (as much memory again as this rank's
-    share) and write it while training goes on; otherwise write from where it is, 32 MiB at a time.
+    keep: how many of the newest that it saved stay; `names` are those, and a resumed run puts its earlier ones there.
+    background: copy the state to the host (as much memory again as this rank's share; where that is not free, it is
+    written from where it is, a piece at a time, while the training waits) and write it while training goes on.
     published(path): called on rank 0, from the writing thread, with each new checkpoint.
     """
 
     def __init__(self, folder, world: World = ALONE, keep: int = 2, background: bool = True, published=None):
         _check_available()
         self.folder, self.world, self.keep = Path(folder), world, keep
+        self.names: list = []
         self._published = published
         self._background = background
         self._thread = None
         self._error = None
-        self._group = world.host_group
+        self._talk = world
+        if world.is_main:
+            layout.clear_left_over(self.folder)
         if background and world.size > 1:
             # The writing threads talk while the training ranks talk: on a group of its own, neither takes the
             # other's messages.
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._talk = replace(world, host_group=torch.distributed.new_group(backend="gloo"))
 
     def __enter__(self) -> Saver:
         return self
@@ -101,13 +103,32 @@ class Saver:
         Raises CheckpointError if the save before failed, or (not in the background) this one.
         """
         self.wait()
-        job = _Job(state, rows, local, self.world.rank, self.world.size)
-        if self._background:
-            job.copy_to_host()
-            self._thread = threading.Thread(target=self._write_aside, args=(name, job), name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            self._write(name, job)
+        rank, size = self.world.rank, self.world.size
+        alike, own = {}, {}
+        trees = layout.encode(state, "state", alike), layout.encode(local, f"rank{rank}", own)
+        parts = {name: (tensor, RowShard.of(_rows(tensor))) for name, tensor in own.items()}
+        for i, (key, tensor) in enumerate(alike.items()):
+            if i % size == rank:  # the ranks share the writing of what they all have
+                parts[key] = (tensor, RowShard.of(_rows(tensor)))
+        for key, (tensor, shard) in rows.items():
+            if len(tensor) != shard.rows:
+                raise CheckpointError(f"rows of {key}: {len(tensor)} given, the shard has {shard.rows}")
+            if shard.rows or shard.total == 0:
+                parts[f"rows.{key}"] = (tensor.detach(), shard)
+        if not (self._background and self._copy_fits(parts)):
+            return self._write(name, trees, parts)
+        parts = {key: (tensor.to("cpu", copy=True), shard) for key, (tensor, shard) in parts.items()}
+        self._thread = threading.Thread(
+            target=self._write_aside, args=(name, trees, parts), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _copy_fits(self, parts: dict) -> bool:
+        need = sum(tensor.numel() * tensor.element_size() for tensor, _shard in parts.values())
+        free = host.memory_left() // self.world.local_size
+        if need > free:
+            log.info("a copy of %.1f GB does not fit: the training waits for the checkpoint", need / 1e9)
+        return need <= free
 
     def wait(self) -> None:
         """Until the last checkpoint is published. Raises CheckpointError if it could not be written."""
@@ -118,180 +139,81 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _write_aside(self, name, job) -> None:
+    def _write_aside(self, name, trees, parts) -> None:
         try:
-            self._write(name, job)
+            self._write(name, trees, parts)
         except BaseException as error:  # handed to whoever waits
             self._error = error
 
-    def _write(self, name: str, job: _Job) -> None:
-        start = time.monotonic()
-        writer = _Writer(self.folder, name)
+    def _write(self, name: str, trees: tuple, parts: dict) -> None:
+        start, world, what = time.monotonic(), self._talk, f"{self.folder}: checkpoint {name} not saved"
+        made, error = (None, None), None
         try:
-            with _one_line(f"{self.folder}: checkpoint {name} not saved"):
-                dcp.save({}, storage_writer=writer, planner=job, **_alone_or(dcp.save, self.world, self._group))
+            if world.is_main:
+                made = layout.begin(self.folder, name)
+        except (CheckpointError, OSError) as failure:
+            error = failure
+        temporary, final = _agree(world, error, made, what)[0]
+        try:
+            try:
+                written, error = self._write_parts(temporary, parts), None
+            except (CheckpointError, OSError) as failure:
+                written, error = None, failure
+            answers = _agree(world, error, (written, trees[1]), what)
+            try:
+                if world.is_main:
+                    tensors = {}
+                    for written, _local in answers:
+                        for key, stored in written.items():
+                            tensors[key] = _joined(key, tensors.get(key), stored)
+                    index = layout.Index(world.size, trees[0], [local for _written, local in answers], tensors)
+                    layout.write_index(temporary, index)
+                    layout.read_index(temporary)  # rows that no rank holds must fail now, not when they are needed
+                    layout.publish(temporary, final)
+            except (CheckpointError, OSError) as failure:
+                error = failure
+            _agree(world, error, None, what)
         except BaseException:
-            if writer.temporary is not None and self.world.is_main:
-                shutil.rmtree(writer.temporary, ignore_errors=True)
+            if world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
-        if self.world.is_main:
-            log.info("saved %s in %.1f s", writer.final, time.monotonic() - start)
-            layout.prune(self.folder, self.keep)
+        self.names.append(final.name)
+        if world.is_main:
+            log.info("saved %s in %.1f s", final, time.monotonic() - start)
+            layout.prune(self.folder, self.keep, self.names)
             if self._published is not None:
-                self._published(writer.final)
+                self._published(final)
 
-
-def _alone_or(function, world: World, group) -> dict:
-    """How to tell dcp.save or dcp.load which ranks take part."""
-    if world.size > 1:
-        return {"process_group": group}
-    warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-    # Older versions see for themselves that there is no process group.
-    return {"no_dist": True} if "no_dist" in inspect.signature(function).parameters else {}
-
-
-@contextmanager
-def _one_line(what: str):
-    """The first rank's error, from the collection of them that torch raises on every rank."""
-    try:
-        yield
-    except dcp.api.CheckpointException as collected:
-        rank, (error, _trace) = min(collected.failures.items(), key=lambda item: item[0])
-        if isinstance(error, OSError):
+    def _write_parts(self, temporary: Path, parts: dict) -> dict:
+        """Writes this rank's file: name -> layout.Stored, with the pieces of this rank alone."""
+        if not temporary.is_dir():
             raise CheckpointError(
-                f"{what} (rank {rank}: {error.strerror or error}); earlier ones are untouched: "
-                "free space or choose another folder"
-            ) from collected
-        raise error from collected
+                f"{temporary}: rank 0 made it, rank {self.world.rank} does not see it: use a shared folder"
+            )
+        written = {}
+        with layout.RankFile(temporary, self.world.rank) as file:
+            for name, (tensor, shard) in parts.items():
+                shape = (shard.total, *tensor.shape[1:]) if tensor.dim() else ()
+                stored = layout.Stored(str(tensor.dtype).split(".")[1], shape, [])
+                for row, rows in layout.split_rows(shard.rows, stored.row_bytes):
+                    stored.pieces.append(file.append(shard.start + row, tensor[row : row + rows] if shape else tensor))
+                written[name] = stored
+        return written
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What one rank writes of one tensor: `tensor` is rows [row, row + len) of `rows`."""
-
-    tensor: object
-    row: int
-    rows: int
+def _rows(tensor) -> int:
+    return len(tensor) if tensor.dim() else 1
 
 
-class _Job(SavePlanner):
-    """One checkpoint as this rank sees it, and (on rank 0) the plan of the whole."""
-
-    def __init__(self, state, rows, local, rank: int, size: int):
-        alike, own = {}, {}
-        values = layout.encode(state, "state", alike)
-        self._tree = (values, layout.encode(local, f"rank{rank}", own))
-        self._parts = {name: _Part(tensor, 0, len(tensor)) for name, tensor in own.items()}
-        for i, (name, tensor) in enumerate(alike.items()):
-            if i % size == rank:  # the ranks share the writing of what they all have
-                self._parts[name] = _Part(tensor, 0, len(tensor))
-        for name, (tensor, shard) in rows.items():
-            if len(tensor) != shard.rows:
-                raise CheckpointError(f"rows of {name}: {len(tensor)} given, the shard has {shard.rows}")
-            if shard.rows or shard.total == 0:
-                self._parts[f"rows.{name}"] = _Part(tensor.detach(), shard.start, shard.total)
-
-    def copy_to_host(self) -> None:
-        self._parts = {
-            name: _Part(part.tensor.to("cpu", copy=True), part.row, part.rows) for name, part in self._parts.items()
-        }
-
-    # What follows is called by dcp.save, in this order.
-
-    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
-        pass
-
-    def create_local_plan(self):
-        items = []
-        for name, part in self._parts.items():
-            tensor = part.tensor
-            size = torch.Size((part.rows, *tensor.shape[1:]))
-            for row, rows in layout.split_rows(len(tensor), tensor[:1].numel() * tensor.element_size()):
-                offsets = torch.Size((part.row + row, *[0] * (tensor.dim() - 1)))
-                chunk = ChunkStorageMetadata(offsets, torch.Size((rows, *tensor.shape[1:])))
-                data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), size)
-                items.append(WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data))
-        return SavePlan(items, planner_data=self._tree)
-
-    def create_global_plan(self, all_plans):
-        tensors = {}
-        for plan in all_plans:
-            for item in plan.items:
-                data = item.tensor_data
-                entry = tensors.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
-                if (entry.size, entry.properties.dtype) != (data.size, data.properties.dtype):
-                    raise CheckpointError(
-                        f"{item.index.fqn}: {list(data.size)} {data.properties.dtype} on one rank, "
-                        f"{list(entry.size)} {entry.properties.dtype} on another"
-                    )
-                entry.chunks.append(data.chunk)
-        trees = [plan.planner_data for plan in all_plans]
-        # The values are those of rank 0; the second halves are each rank's own.
-        return all_plans, Metadata(tensors, planner_data=(trees[0][0], [own for _values, own in trees]))
-
-    def finish_plan(self, new_plan):
-        return new_plan
-
-    def resolve_data(self, write_item):
-        part = self._parts[write_item.index.fqn]
-        start = write_item.index.offset[0] - part.row
-        return part.tensor[start : start + write_item.tensor_data.chunk.sizes[0]]
-
-
-class _Writer(StorageWriter):
-    """Writes this rank's pieces; on rank 0 also makes the directory and publishes it."""
-
-    def __init__(self, folder: Path, name: str):
-        self._folder, self._name = folder, name
-        self.temporary = self.final = None
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        return True
-
-    def reset(self, checkpoint_id=None) -> None:
-        pass
-
-    def set_up_storage_writer(self, is_coordinator, *args, **kwargs) -> None:
-        pass
-
-    def prepare_local_plan(self, plan):
-        return plan
-
-    def prepare_global_plan(self, plans):
-        self.temporary, self.final = layout.begin(self._folder, self._name)
-        return [
-            SavePlan(plan.items, storage_data=(rank, str(self.temporary)), planner_data=None)
-            for rank, plan in enumerate(plans)
-        ]
-
-    def write_data(self, plan, planner):
-        rank, temporary = plan.storage_data
-        results = []
-        if not Path(temporary).is_dir():
-            raise CheckpointError(f"{temporary}: rank 0 made it, rank {rank} does not see it: use a shared folder")
-        with layout.RankFile(temporary, rank) as file:
-            for item in plan.items:
-                tensor = planner.resolve_data(item)
-                data = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-                piece = file.append(item.tensor_data.chunk.offsets[0], len(tensor), data)
-                results.append(WriteResult(item.index, piece.bytes, piece))
-        done = torch.futures.Future()
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata, results) -> None:
-        pieces = {}
-        for result in sorted((r for of_rank in results for r in of_rank), key=lambda r: r.storage_data.row):
-            pieces.setdefault(result.index.fqn, []).append(result.storage_data)
-        tensors = {
-            name: layout.Stored(str(entry.properties.dtype).split(".")[1], tuple(entry.size), pieces[name])
-            for name, entry in metadata.state_dict_metadata.items()
-        }
-        values, local = metadata.planner_data
-        layout.write_index(self.temporary, layout.Index(len(results), values, local, tensors))
-        layout.read_index(self.temporary)  # rows that no rank holds must fail now, not when they are needed
-        layout.publish(self.temporary, self.final)
+def _joined(name: str, one, other) -> layout.Stored:
+    """The table of which two ranks wrote parts."""
+    if one is None:
+        return other
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        raise CheckpointError(
+            f"{name}: {list(other.shape)} {other.dtype} on one rank, {list(one.shape)} {one.dtype} on another"
+        )
+    return replace(one, pieces=sorted([*one.pieces, *other.pieces], key=lambda piece: piece.row))
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -308,134 +230,106 @@ def load(path, rows: dict, world: World = ALONE) -> tuple:
     rows: name -> (tensor [shard.rows, ...], RowShard), a subset of those saved, on any device; floating point tensors
     may be of another floating point dtype than the saved ones. At most one piece (32 MiB) is held beside them.
     local: what this rank saved, or None if the checkpoint is of fewer ranks.
-    Raises CheckpointError, on all ranks, if any rank finds its part damaged or of another shape.
+    Raises CheckpointError, on all ranks, if any rank finds its part damaged (DamagedCheckpoint) or of another shape.
+    No row is written before all ranks have found all of theirs whole: the files are read twice for that.
     """
     _check_available()
-    reader = _Loader(path, rows, world.rank)
-    with _one_line(f"{path}: not read"):
-        dcp.load({}, storage_reader=reader, planner=reader.planner, **_alone_or(dcp.load, world, world.host_group))
-    index = reader.planner.index
-    local = index.local[world.rank] if world.rank < index.world_size else None
-    targets = reader.planner.targets
-    return layout.decode(index.values, targets), layout.decode(local, targets)
+    path, reads, found, error = Path(path), [], (None, None), None
+    try:
+        index = layout.read_index(path)
+        for name, (tensor, shard) in rows.items():
+            reads.append((_wanted(path, index, f"rows.{name}", tensor, shard), tensor.detach(), shard))
+        with layout.PieceReader(path) as reader:
+            for stored, _tensor, shard in reads:
+                for piece in _overlapping(stored, shard):
+                    reader.read(piece)
+            found = _small(reader, index, world.rank)
+    except (CheckpointError, OSError) as failure:
+        error = failure
+    _agree(world, error, what=f"{path}: not read")
+    try:
+        with layout.PieceReader(path) as reader:
+            for stored, tensor, shard in reads:
+                _fill(reader, stored, tensor, shard)
+    except (CheckpointError, OSError) as failure:  # no other checkpoint may follow: rows have been written
+        error = CheckpointError(f"{path}: changed while it was read ({failure}): start again")
+    _agree(world, error)
+    return found
+
+
+def _wanted(path, index, name: str, tensor, shard: RowShard) -> layout.Stored:
+    stored = index.tensors.get(name)
+    what = f"{path}: {name}"
+    if stored is None:
+        raise CheckpointError(f"{what} is not in this checkpoint: take one of a run with the same options")
+    if stored.shape != (shard.total, *tensor.shape[1:]):
+        raise CheckpointError(
+            f"{what} is {list(stored.shape)}, this run wants {[shard.total, *tensor.shape[1:]]}: "
+            "take a checkpoint of as many classes and of the same embedding size"
+        )
+    dtype = layout.DTYPES[stored.dtype][0]
+    if dtype != tensor.dtype and not (dtype.is_floating_point and tensor.dtype.is_floating_point):
+        raise CheckpointError(f"{what} is {dtype}, this run wants {tensor.dtype}: choose the same dtype")
+    return stored
+
+
+def _overlapping(stored, shard: RowShard) -> list:
+    return [piece for piece in stored.pieces if piece.row < shard.stop and piece.row + piece.rows > shard.start]
+
+
+def piece_rows(reader, stored, piece):
+    """The rows of a piece, [piece.rows, ...]; valid until the reader's next read."""
+    shape = (piece.rows, *stored.shape[1:])
+    dtype = layout.DTYPES[stored.dtype][0]
+    return (
+        torch.frombuffer(reader.read(piece), dtype=dtype).reshape(shape)
+        if piece.bytes
+        else torch.empty(shape, dtype=dtype)
+    )
+
+
+def _fill(reader, stored, tensor, shard: RowShard) -> None:
+    """Reads rows [shard.start, shard.stop) of a table into `tensor`, piece by piece."""
+    for piece in _overlapping(stored, shard):
+        start, stop = max(piece.row, shard.start), min(piece.row + piece.rows, shard.stop)
+        rows = piece_rows(reader, stored, piece)[start - piece.row : stop - piece.row]
+        tensor[start - shard.start : stop - shard.start] = rows
+
+
+def read_whole(reader, stored, target=None):
+    """The whole tensor, into `target` of its shape if given."""
+    if target is None:
+        target = torch.empty(stored.shape, dtype=layout.DTYPES[stored.dtype][0])
+    _fill(reader, stored, target if stored.shape else target.reshape(1), RowShard.of(stored.rows))
+    return target
+
+
+def _small(reader, index, rank: int) -> tuple:
+    """(state, local) of this rank."""
+    wanted = ("state", f"rank{rank}")
+    tensors = {
+        name: read_whole(reader, stored) for name, stored in index.tensors.items() if name.split(".")[0] in wanted
+    }
+    local = index.local[rank] if rank < index.world_size else None
+    return layout.decode(index.values, tensors), layout.decode(local, tensors)
 
 
 def load_newest(folder, rows: dict, world: World = ALONE):
-    """load() of the newest checkpoint of `folder` that can be read: (path, state, local), or None if there is none.
+    """load() of the newest checkpoint of `folder` that is whole: (path, state, local), or None if there is none at all.
 
-    A checkpoint that turns out damaged is logged, and the one before it taken.
+    A damaged checkpoint is logged, and the one before it taken. Raises CheckpointError where one does not fit this run,
+    and where there are some and all are damaged.
     """
     # One rank's list for all: what a rank sees of a shared folder may lag behind.
-    for path in world.all_gather_object(list(layout.newest_first(folder)) if world.is_main else None)[0]:
+    paths = world.all_gather_object(layout.named(folder) if world.is_main else None)[0]
+    for path in reversed(paths):
         try:
-            state, local = load(path, rows, world)
-        except CheckpointError as error:
+            return (path, *load(path, rows, world))
+        except DamagedCheckpoint as error:
             log.warning("skipped %s", error)
-        else:
-            return path, state, local
+    if paths:
+        raise CheckpointError(f"{folder}: holds {len(paths)} checkpoint(s), and every one is damaged: move them away")
     return None
-
-
-class _LoadPlan(LoadPlanner):
-    def __init__(self, path, rows: dict, rank: int):
-        self._path, self._rows, self._rank = Path(path), rows, rank
-        self.index = None
-        self.targets = {}  # name -> tensor to fill
-
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
-        pass
-
-    def create_local_plan(self):
-        self.index = layout.read_index(self._path)
-        items = []
-        for name, (tensor, shard) in self._rows.items():
-            items += self._read(f"rows.{name}", tensor.detach(), shard)
-        for name, stored in self.index.tensors.items():
-            prefix = name.split(".")[0]
-            if prefix in ("state", f"rank{self._rank}"):
-                tensor = torch.empty(stored.shape, dtype=layout.DTYPES[stored.dtype][0])
-                items += self._read(name, tensor, RowShard.of(len(tensor)))
-        return LoadPlan(items)
-
-    def _read(self, name: str, tensor, shard: RowShard) -> list:
-        stored = self.index.tensors.get(name)
-        what = f"{self._path}: {name}"
-        if stored is None:
-            raise CheckpointError(f"{what} is not in this checkpoint: take one of a run with the same options")
-        if stored.shape != (shard.total, *tensor.shape[1:]):
-            raise CheckpointError(
-                f"{what} is {list(stored.shape)}, this run wants {[shard.total, *tensor.shape[1:]]}: "
-                "take a checkpoint of as many classes and of the same embedding size"
-            )
-        dtype = layout.DTYPES[stored.dtype][0]
-        if dtype != tensor.dtype and not (dtype.is_floating_point and tensor.dtype.is_floating_point):
-            raise CheckpointError(f"{what} is {dtype}, this run wants {tensor.dtype}: choose the same dtype")
-        self.targets[name] = tensor
-        rest = stored.shape[1:]
-        saved = [
-            ChunkStorageMetadata(torch.Size((p.row, *[0] * len(rest))), torch.Size((p.rows, *rest)))
-            for p in stored.pieces
-        ]
-        wanted = ChunkStorageMetadata(torch.Size((shard.start, *[0] * len(rest))), torch.Size((shard.rows, *rest)))
-        entry = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(stored.shape), saved)
-        return create_read_items_for_chunk_list(name, entry, [wanted])
-
-    def create_global_plan(self, global_plan):
-        return global_plan
-
-    def finish_plan(self, central_plan):
-        return central_plan
-
-    def load_bytes(self, read_item, value) -> None:
-        raise NotImplementedError("plain values lie in the index")
-
-    def resolve_tensor(self, read_item):
-        return self.targets[read_item.dest_index.fqn].narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
-
-    def commit_tensor(self, read_item, tensor) -> None:
-        pass
-
-
-class _Loader(StorageReader):
-    def __init__(self, path, rows: dict, rank: int):
-        self._path = Path(path)
-        self.planner = _LoadPlan(path, rows, rank)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        return True
-
-    def reset(self, checkpoint_id=None) -> None:
-        pass
-
-    def read_metadata(self, *args, **kwargs):
-        # The planner reads the index: dcp.load takes an error raised here for a file of an older kind.
-        return Metadata({})
-
-    def set_up_storage_reader(self, metadata, is_coordinator, *args, **kwargs) -> None:
-        pass
-
-    def prepare_local_plan(self, plan):
-        return plan
-
-    def prepare_global_plan(self, plans):
-        return plans
-
-    def read_data(self, plan, planner):
-        tensors = planner.index.tensors
-        reads = [(tensors[item.storage_index.fqn].pieces[item.storage_index.index], item) for item in plan.items]
-        with layout.PieceReader(self._path) as reader:
-            for piece, item in sorted(reads, key=lambda read: (read[0].file, read[0].start)):
-                target = planner.resolve_tensor(item)
-                if not target.numel():
-                    continue
-                dtype = layout.DTYPES[tensors[item.storage_index.fqn].dtype][0]
-                source = torch.frombuffer(reader.read(piece), dtype=dtype).reshape(piece.rows, *target.shape[1:])
-                target.copy_(source.narrow(0, item.storage_offsets[0], item.lengths[0]))
-                planner.commit_tensor(item, target)
-        done = torch.futures.Future()
-        done.set_result(None)
-        return done
 
 
 # --- when to save ----------------------------------------------------------------------------------------------------

@@ -54,6 +54,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written or read."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose bytes are not those that were saved: an older one may do in its place."""
+
+
 class DeviceError(UserError, RuntimeError):
     """A device that cannot be had or cannot do what was asked."""
 

@@ -88,7 +88,7 @@ def load_errors(world, path, cases: list) -> list:
 def save_with_a_full_disk_on_rank_1(world, folder) -> tuple:
     """(the error that this rank sees, what the folder holds afterwards)."""
 
-    def append(self, row, rows, data):
+    def append(self, row, tensor):
         raise OSError(28, "No space left on device")
 
     with sharded.Saver(folder, world) as saver:

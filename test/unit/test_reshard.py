@@ -17,7 +17,8 @@ from config import parse_arguments
 from learner import Learner
 from plsc.utils import process_distfc_parameter
 from runtime.dist import ALONE, World
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, DamagedCheckpoint
+from runtime.files import checksum
 from runtime.shard import RowShard
 
 needs_sharded = pytest.mark.skipif(
@@ -58,7 +59,7 @@ def test_local_states_of_ranks_that_go_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "PIECE_BYTES", 1000)
     folder, _final = layout.begin(tmp_path / "in", "two")
     with layout.RankFile(folder, 0) as file:
-        pieces = {name: [file.append(0, 4, bytes(4 * 4))] for name in ("rank0.a", "rank1.a", "rows.weight")}
+        pieces = {name: [file.append(0, torch.zeros(4))] for name in ("rank0.a", "rank1.a", "rows.weight")}
     tensors = {name: layout.Stored("float32", (4,), pieces[name]) for name in pieces}
     layout.write_index(folder, layout.Index(2, 3, [{"tensor": "rank0.a"}, {"tensor": "rank1.a"}], tensors))
     index = layout.read_index(reshard.convert(folder, tmp_path / "out", 1))
@@ -67,10 +68,11 @@ def test_local_states_of_ranks_that_go_are_left_out(tmp_path, monkeypatch):
 
 @needs_sharded
 def test_damage_is_found_and_nothing_is_left(saved, tmp_path):
-    with open(saved / "rank_00000.bin", "r+b") as file:
-        file.seek(-1, 2)
+    last = layout.read_index(saved).tensors["rows.weight"].pieces[-1]
+    with open(saved / last.file, "r+b") as file:
+        file.seek(last.start + last.bytes - 1)
         file.write(b"?")
-    with pytest.raises(CheckpointError, match="damaged at byte"):
+    with pytest.raises(DamagedCheckpoint, match="damaged at byte"):
         reshard.convert(saved, tmp_path / "out", 2)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -219,10 +221,12 @@ def test_training_goes_on_from_the_export_as_from_the_checkpoint(tmp_path, optio
 
 
 def damage(saved, change) -> str:
-    content = json.loads((saved / layout.INDEX).read_text())
+    """As somebody would who means harm: with a checksum that is right."""
+    content = json.loads((saved / layout.INDEX).read_text())["index"]
     change(content)
-    (saved / layout.INDEX).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError) as caught:
+    text = json.dumps(content)
+    (saved / layout.INDEX).write_text(f'{{"sha256": "{checksum(text.encode())}", "index": {text}}}')
+    with pytest.raises(DamagedCheckpoint) as caught:
         layout.read_index(saved)
     assert str(saved) in str(caught.value) and "\n" not in str(caught.value)
     return str(caught.value)
@@ -254,7 +258,8 @@ HOSTILE = {
     "a checksum that is none": change_piece(5, "x"),
     "a row that is a fraction": change_piece(0, 0.0),
     "a huge shape": change_tensor(shape=[10**15, 6]),
-    "no shape": change_tensor(shape=[]),
+    "no shape": change_tensor(shape=None),
+    "the shape of one number": change_tensor(shape=[]),
     "an unknown dtype": change_tensor(dtype="object"),
     "a dtype that is a list": change_tensor(dtype=[]),
     "half the pieces": change_tensor(pieces=[]),
@@ -274,6 +279,17 @@ HOSTILE = {
 def test_a_hostile_index_is_one_line(saved, what):
     assert layout.read_index(saved).world_size == 1
     damage(saved, HOSTILE[what])
+
+
+@needs_sharded
+def test_no_flipped_bit_of_the_index_loads(saved):
+    path = saved / layout.INDEX
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for bit in range(8) if position < 100 or position % 7 == 0 else (position % 8,):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ (1 << bit)]) + whole[position + 1 :])
+            with pytest.raises(DamagedCheckpoint):
+                layout.read_index(saved)
 
 
 @needs_sharded
@@ -309,12 +325,16 @@ def test_a_file_cut_off_after_it_was_checked_is_one_line(saved):
 
 @needs_sharded
 def test_what_a_killed_run_left_is_cleared_away_and_numbers_go_on(tmp_path):
-    (tmp_path / ".000009-step_9.tmp").mkdir(parents=True)
+    (tmp_path / ".000009-step_9.0123456789ab.tmp").mkdir(parents=True)
+    (tmp_path / ".somebody's.tmp").mkdir()
+    (tmp_path / "000000-of_another_run").mkdir()
     (tmp_path / "notes").mkdir()
     with sharded.Saver(tmp_path, keep=2) as saver:
         for step in (5, 6, 2):  # the run went back to an older checkpoint: the newest is what was saved last
             saver.save(f"step_{step}", {"step": step}, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002-step_6", "000003-step_2", "notes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".somebody's.tmp", "000000-of_another_run", "000002-step_6", "000003-step_2", "notes",
+    ]  # fmt: skip
     assert sharded.load_newest(tmp_path, {}) == (tmp_path / "000003-step_2", {"step": 2}, None)
     assert sharded.load_newest(tmp_path / "notes", {}) is None
 
@@ -336,6 +356,73 @@ def test_a_save_that_fails_is_told_and_the_next_one_works(tmp_path, monkeypatch,
     saver.save("step_2", {"step": 2}, {})
     saver.wait()
     assert sharded.newest(tmp_path).name == "000001-step_2"
+
+
+@needs_sharded
+def test_torchs_own_tools_read_it(tmp_path):
+    """dcp_to_torch_save on a directory gives the state."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    state = {
+        "model": {"a.weight": torch.randn(7, 3), "steps": torch.tensor(5), "half": torch.ones(3, dtype=torch.bfloat16)},
+        "optimizer": [{"momentum": torch.randn(4, 2)}, {"empty": torch.empty(0, 2), "nesterov": False}],
+        "config": {"lr": 0.1, "milestones": [1, 2], "name": None},
+        "epoch": 3,
+    }
+    rows = torch.arange(1000, dtype=torch.float32)[:, None].expand(1000, 50_000 // 250).contiguous()
+    with pytest.MonkeyPatch.context() as patch, sharded.Saver(tmp_path) as saver:
+        patch.setattr(layout, "PIECE_BYTES", 1 << 16)
+        saver.save("a", state, {"weight": (rows, RowShard.of(1000))}, local={"rng": torch.arange(3)})
+    path = sharded.newest(tmp_path)
+    assert len(layout.read_index(path).tensors["rows.weight"].pieces) > 10
+    dcp_to_torch_save(path, tmp_path / "all.pth")
+    found = store.load_pth(tmp_path / "all.pth")
+    assert workers.same(found["state"], state)
+    assert torch.equal(found["rows"]["weight"], rows) and torch.equal(found["rank0"]["rng"], torch.arange(3))
+
+
+@needs_sharded
+def test_directories_of_the_first_format_load(root):
+    """Written by this project before its files were those of torch.distributed.checkpoint too."""
+    path = root / "test" / "golden" / "sharded_1" / "000001-step_7"
+    assert workers.load_one(ALONE, path, 7) == (True, 0)
+
+
+@needs_sharded
+def test_a_checkpoint_that_does_not_fit_this_run_is_not_passed_over(tmp_path):
+    """A mismatch refuses, damage alone is skipped, and where all is damaged the run stops."""
+    with sharded.Saver(tmp_path) as saver:
+        saver.save("a", {}, {"weight": (torch.ones(5, 2), RowShard.of(5))})
+    with pytest.raises(CheckpointError, match=r"is \[5, 2\], this run wants \[6, 2\]"):
+        sharded.load_newest(tmp_path, {"weight": (torch.zeros(6, 2), RowShard.of(6))})
+    (tmp_path / "000001-a" / "index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds 1 checkpoint\(s\), and every one is damaged"):
+        sharded.load_newest(tmp_path, {})
+
+
+@needs_sharded
+def test_damage_is_found_before_a_row_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "PIECE_BYTES", 64)
+    with sharded.Saver(tmp_path) as saver:
+        saver.save("a", {"model": torch.ones(3)}, {"weight": (torch.ones(100, 2), RowShard.of(100))})
+    path = tmp_path / "000001-a"
+    last = layout.read_index(path).tensors["rows.weight"].pieces[-1]
+    data = bytearray((path / last.file).read_bytes())
+    data[last.start] ^= 1
+    (path / last.file).write_bytes(data)
+    rows = torch.zeros(100, 2)
+    with pytest.raises(DamagedCheckpoint, match="damaged at byte"):
+        sharded.load(path, {"weight": (rows, RowShard.of(100))})
+    assert not rows.any()
+
+
+@needs_sharded
+def test_a_copy_that_does_not_fit_is_written_while_the_training_waits(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("runtime.host.memory_left", lambda: 100)
+    caplog.set_level("INFO")
+    saver = sharded.Saver(tmp_path)
+    saver.save("a", {"step": 1}, {"weight": (torch.ones(100, 2), RowShard.of(100))})
+    assert sharded.newest(tmp_path).name == "000001-a" and "does not fit" in caplog.text
 
 
 @needs_sharded
@@ -372,7 +459,7 @@ def test_names_stay_inside_the_folder(tmp_path):
 
 @pytest.mark.core
 def test_old_torch_is_told_what_it_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharded, "dcp", None)
+    monkeypatch.setattr(torch, "__version__", "2.2.1")
     for use in (lambda: sharded.Saver(tmp_path), lambda: sharded.load(tmp_path, {}, World())):
         with pytest.raises(CheckpointError, match=r"need torch 2\.3 or newer.*\.pth"):
             use()
