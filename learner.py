@@ -221,6 +221,7 @@ class Learner:
             saver = self.saver = sharded.Saver(
                 self.files.sharded, world, keep=config.keep + 1, published=self.uploader and self.uploader.put
             )
+            saver.names = self.saved
         self.save_every = sharded.SaveEvery(config.save_every, config.save_minutes, world)
         tracing = profiled(self.device, run_dir / "profile", config.profile and world.is_main)
         with self.log, uploads, saver, tracing as self.profiler, caught_signals() as caught:
@@ -685,6 +686,7 @@ class Learner:
         self.threshold, self.channel_order = state["meta"]["threshold"], state["meta"]["channel_order"]
         state["training"]["rng"] = [] if local is None else [local["rng"]] * self.world.size
         self._load_training(state)
+        self.saved.append(Path(path).name)
         self.head.load_local_state({**self.head.local_state(), **state["head"]})
 
 
