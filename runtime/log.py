@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -69,6 +70,26 @@ def setup_logging(rank: int = 0, size: int = 1, level: int = logging.INFO, strea
     root.handlers[:] = [handler]
     root.setLevel(level if rank == 0 else max(level, logging.WARNING))
     logging.getLogger("torch").setLevel(logging.WARNING)  # its process groups tell every step of their making
+
+
+def run_folder(parent, name: str, resumed: bool = False) -> Path:
+    """The folder of one run's metrics below `parent`, made by this call: each run has its own, <name>_<time>.
+
+    A resumed run goes on in the newest one that has metrics, where there is any.
+    """
+    parent = Path(parent)
+    before = sorted(path.parent for path in parent.glob(f"{name}_*/metrics.jsonl")) if resumed else []
+    if before:
+        return before[-1]
+    stem = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    for n in itertools.count(1):
+        folder = parent / (stem if n == 1 else f"{stem}.{n}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another run has started in the same second
+            if not folder.is_dir():
+                raise
 
 
 class RunLog:
