@@ -134,7 +134,7 @@ def _recognise(content, channel_order: str | None) -> Foreign:
     order, order_from = next((one for one in said if one[0] in CHANNEL_ORDERS), (backbone.channel_order, "upstream"))
     return Foreign(
         upstream=backbone.upstream,
-        state_dict={key: state.get(key, torch.zeros((), dtype=torch.long)) for key in net.layout},
+        state_dict={key: _single(state.get(key, torch.zeros((), dtype=torch.long))) for key in net.layout},
         net_mode=net.net_mode,
         net_depth=net.net_depth,
         embedding_size=net.embedding_size,
@@ -168,7 +168,11 @@ def _backbone_state(content) -> tuple:
     state = _without_wrappers(content)
     if set(state) == {"kernel"}:
         raise CheckpointError("it is a head alone: pass the file of the backbone (model_*.pth)")
-    return {key: value.float() if value.dtype in HALF else value for key, value in state.items()}, order
+    return state, order
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def _without_wrappers(state: Mapping) -> dict:
@@ -228,7 +232,7 @@ def _head_kernel(content, embedding_size: int) -> Tensor | None:
     if not isinstance(kernel, Tensor) or kernel.dim() != 2 or kernel.shape[0] != embedding_size:
         seen = tuple(kernel.shape) if isinstance(kernel, Tensor) else type(kernel).__name__
         raise CheckpointError(f"head kernel {seen} where [{embedding_size}, classes] belongs: the file is inconsistent")
-    return kernel.float() if kernel.dtype in HALF else kernel
+    return _single(kernel)
 
 
 def _some(keys: list) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import resource
 from collections import OrderedDict
 
 import pytest
@@ -170,6 +171,14 @@ def test_half_precision_comes_as_float32(small):
     assert foreign.state_dict["body.0.res_layer.0.num_batches_tracked"].dtype == torch.int64
     assert foreign.head_kernel.dtype == torch.float32
     assert torch.equal(foreign.state_dict["output_layer.3.weight"], half["output_layer.3.weight"].float())
+
+
+def test_one_array_under_many_names_is_not_multiplied(small):
+    big = torch.zeros(1 << 20, dtype=torch.float16)  # 2 MB in the file; 4 GB if each name got its own float32
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="another architecture"):
+        recognise({**small, **{f"extra.{i}": big for i in range(1000)}})
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 
 def test_files_from_before_batches_were_counted(small):
