@@ -71,11 +71,11 @@ class Config:
     net_mode: str = option(
         "ir_se",
         "backbone",
-        known=("ir", "ir_se", "mobilefacenet", "iresnet", "mbf", "mbf_large", "resnet"),
+        known=("ir", "ir_se", "mobilefacenet", "iresnet", "mbf", "mbf_large", "resnet", "resnet_basic"),
         old=("-net",),
     )
     net_depth: int = option(
-        100, "layers of the backbone: 18 34 50 100 152 200 (resnet: 50 101 152)", low=1, old=("-depth",)
+        100, "layers of the backbone: 18 34 50 100 152 200 (resnet: 50 100 101 152)", low=1, old=("-depth",)
     )
     embedding_size: int = option(512, "length of an embedding", low=1, high=2**16, old=("--emb_size", "--emb_dim"))
     drop_ratio: Optional[float] = option(
@@ -114,6 +114,10 @@ class Config:
         low=0,
     )
     update_rows: str = option("drawn", "with sample_rate < 1: which centers decay and keep moving", ("drawn", "all"))
+    model_parallel: bool = option(True, "spread the class centers over the ranks; off: every rank holds all of them")
+    centers_norm: float = option(
+        1.0, "length of a class center before training; arcface_torch's is 0.2263", above=0, high=1e3
+    )
     centers_dtype: str = option(
         "fp32", "storage of the class centers; half ones are rounded stochastically", ("fp32", "bf16", "fp16")
     )
@@ -155,7 +159,9 @@ class Config:
     max_iter: int = option(-1, "steps an epoch at most; -1 = the whole set", low=-1)
     batch_size: int = option(256, "images a step, all ranks together", low=1, high=2**30, old=("-b",))
     lr: float = option(1e-3, "base learning rate", low=0, old=("-lr",))
-    lr_schedule: str = option("milestones", "course of the learning rate", ("milestones", "polynomial", "constant"))
+    lr_schedule: str = option(
+        "milestones", "course of the learning rate", ("milestones", "polynomial", "cosine", "constant")
+    )
     milestones: tuple[int, ...] = option(
         (12, 15, 18), "epochs after which the learning rate is multiplied by gamma", low=0
     )
@@ -166,6 +172,7 @@ class Config:
     )
     momentum: float = option(0.9, "momentum of SGD", low=0, below=1)
     weight_decay: float = option(5e-4, "weight decay of everything but batch norm", low=0)
+    decay_norms: bool = option(False, "batch norms and single PReLU values decay too, as in arcface_torch and PLSC")
     clip_grad_norm: float = option(0.0, "largest norm of the backbone's gradient; 0 = no clipping", low=0)
     accumulate: int = option(1, "micro-batches whose gradients make one update; batch_size counts them together", low=1)
     seed: int = option(2021, "seed of weights, order, flips, dropout and samples", low=0, high=2**31 - 1)
@@ -286,13 +293,11 @@ ELSEWHERE = {
     "save_all_states": "nothing: a checkpoint always holds all that --resume needs",
     "wandb_key": "--tensorboard, whose files lie beside metrics.jsonl",
     "using_wandb": "--tensorboard, whose files lie beside metrics.jsonl",
-    "config": "--recipe, a name of configs/__init__.py",
-    "config_file": "--recipe, a name of configs/__init__.py",
+    "config_file": "--recipe or its other name, config: a recipe, or a config file of arcface_torch",
     # PLSC
     "backbone": _NETWORK,
     "model_name": _NETWORK,
     "classifier": "nothing: the class centers are always spread over the ranks",
-    "model_parallel": "nothing: the class centers are always spread over the ranks",
     "loss": "--loss_type with --margin and --scale: arcface, cosface, combined, adaface, softmax",
     "use_dynamic_loss_scaling": "--loss_scale=dynamic",
     "max_loss_scaling": "nothing: --loss_scale=dynamic has no upper end but fp32's",
@@ -552,8 +557,8 @@ class _Parser(argparse.ArgumentParser):
                 raise ConfigError(_unknown(flag.lstrip("-").split("=")[0]))
             if _CONFIG_OF_ARCFACE_TORCH.fullmatch(words[0]):
                 raise ConfigError(
-                    f"'{words[0]}' is a config of arcface_torch: here configs are recipes, --recipe=NAME with a name "
-                    "of configs/__init__.py"
+                    f"'{words[0]}' is a config of arcface_torch: --config={words[0]} reads it, "
+                    "--list_configs shows those that are here"
                 )
             raise ConfigError(f"'{words[0]}' is not an option: options begin with --")
         raise ConfigError(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -37,15 +38,17 @@ def head_weight_decay(net_mode: str, weight_decay: float = 5e-4) -> float:
     return weight_decay * DECAY_SHARES.get(net_mode, (1.0, 1.0))[1]
 
 
-def parameter_groups(model: nn.Module, net_mode: str, weight_decay: float = 5e-4) -> list[dict]:
-    """Groups of `model`'s parameters for an optimizer: weight decay on all but batch norm's weight and bias.
+def parameter_groups(
+    model: nn.Module, net_mode: str, weight_decay: float = 5e-4, decay_norms: bool = False
+) -> list[dict]:
+    """Groups of `model`'s parameters for an optimizer: weight decay on all but batch norm's weight and bias, and on
+    those too with decay_norms, as arcface_torch and PLSC have it.
 
     As in InsightFace_Pytorch, PReLU's slopes and the biases of linear layers decay with the rest. Parameters with
     requires_grad=False are left out; OptimError where that leaves none.
     """
-    in_batch_norm = {
-        id(p) for module in model.modules() if isinstance(module, BATCH_NORM) for p in module.parameters(recurse=False)
-    }
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and not decay_norms]
+    in_batch_norm = {id(p) for module in norms for p in module.parameters(recurse=False)}
     trained = [p for p in model.parameters() if p.requires_grad]
     normal = [p for p in trained if id(p) in in_batch_norm]
     decayed = [p for p in trained if id(p) not in in_batch_norm]
@@ -135,9 +138,19 @@ def milestones(base_lr: float, epochs: Sequence[int], gamma: float = 0.1, steps_
     return lambda step: base_lr * gamma ** sum(step >= start for start in starts)
 
 
-def polynomial(base_lr: float, power: float, total_steps: int) -> Schedule:
-    """base_lr * (1 - step / total_steps) ** power; 0 from total_steps on."""
-    return lambda step: base_lr * max(0.0, 1.0 - step / total_steps) ** power
+def polynomial(base_lr: float, power: float, total_steps: int, first_step: int = 0) -> Schedule:
+    """base_lr up to first_step (where a warm-up ends), then falling to 0 at total_steps as (1 - t) ** power."""
+    return lambda step: base_lr * (1.0 - _share(step, first_step, total_steps)) ** power
+
+
+def cosine(base_lr: float, total_steps: int, first_step: int = 0) -> Schedule:
+    """The same as half a cosine (arXiv 1608.03983, equation 5, without restarts)."""
+    return lambda step: base_lr * 0.5 * (1.0 + math.cos(math.pi * _share(step, first_step, total_steps)))
+
+
+def _share(step: int, first: int, last: int) -> float:
+    """How far `step` is on the way from `first` to `last`, within 0 and 1."""
+    return min(1.0, max(0.0, (step - first) / max(1, last - first)))
 
 
 def with_warmup(schedule: Schedule, warmup_steps: int) -> Schedule:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import config as options
-from configs import RECIPES
+import configs
 from runtime import log
 
 
 def main() -> int:
-    config = options.parse_arguments(sys.argv[1:], recipes=RECIPES)
+    if "--list_configs" in sys.argv[1:]:
+        print(configs.table())
+        return 0
+    argv, recipes = configs.take_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
+    config = options.parse_arguments(argv, recipes=recipes)
     # torch and what stands on it only now: --help and a misspelt option answer at once
     from learner import Learner, Stopped
     from runtime.device import parse_device

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from config import Config, replace
+from configs.published import PUBLISHED
+from runtime.errors import ConfigError
 
 # One device: ir_se 100 on faces_emore. The model zoo's own entry gives about 40 hours on one NPU.
 # `bash test/train_full_1p.sh --data_path=./data/faces_emore/`
@@ -31,4 +35,43 @@ quickstart = replace(
     memory_format="channels_last",
 )
 
-RECIPES = {name: value for name, value in list(globals().items()) if isinstance(value, Config)}
+OWN = {name: value for name, value in list(globals().items()) if isinstance(value, Config)}
+RECIPES = {**OWN, **{name: published.config for name, published in PUBLISHED.items()}}
+
+
+def take_config(argv: list, ranks: int = 1) -> tuple:
+    """(argv, recipes) with `--config NAME|FILE` turned into `--recipe`, a file's recipe being among the recipes.
+
+    What such a file says that has no place here goes to stderr, on rank 0. Raises ConfigError."""
+    from configs.foreign import read_config  # ast and what it needs only where there is a file
+
+    words = [word for at, word in enumerate(argv) if word.startswith("--config=") or argv[at - 1 : at] == ["--config"]]
+    if not words:
+        if "--config" in argv:
+            raise ConfigError("--config: give a recipe's name (--list_configs shows them) or a file")
+        return argv, RECIPES
+    name = words[-1].split("=", 1)[-1]
+    rest = [word for word in argv if word not in words and word != "--config"]
+    if name in RECIPES:
+        return ["--recipe", name, *rest], RECIPES
+    if not name.endswith(".py"):
+        raise ConfigError(f"--config '{name}': choose from {', '.join(RECIPES)}, or give a config file (.py)")
+    recipe, notes = read_config(name, ranks)
+    for note in notes:
+        print(f"{name}: {note}", file=sys.stderr)
+    return ["--recipe", name, *rest], {**RECIPES, name: recipe}
+
+
+def table() -> str:
+    """Every recipe in a line: network, data, batch, schedule, time, accuracy, source."""
+    lines = [f"{'recipe':<30} {'network':<16} {'batch':>12} {'lr':>7} {'epochs':>6}  data; time; accuracy; source"]
+    for name, config in RECIPES.items():
+        network = config.net_mode if config.net_mode.startswith("m") else f"{config.net_mode} {config.net_depth}"
+        known = PUBLISHED.get(name)
+        batch = f"{config.batch_size}" + (f" = {known.per_rank}x{known.ranks}" if known else "")
+        about = (
+            "; ".join((known.data, f"{known.wall} on {known.hardware}", known.accuracy, known.source)) if known else ""
+        )
+        about = about or "this project's own; none published"
+        lines.append(f"{name:<30} {network:<16} {batch:>12} {config.lr:>7g} {config.epochs:>6}  {about}")
+    return "\n".join(lines)

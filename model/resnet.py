@@ -1,4 +1,4 @@
-"""PLSC's residual nets: plain units at depth 50, bottlenecks four times as wide at 101 and 152.
+"""PLSC's residual nets: plain units at depth 50 and 100, bottlenecks four times as wide at 101 and 152.
 
 They are the improved residual nets of `iresnet.py` with one PReLU slope per layer, batch norm eps 2e-5 and Xavier
 (fan-out) initialisation. The layers' names are arcface_torch's; PLSC itself kept its weights in Paddle's format.
@@ -47,18 +47,26 @@ class Plan:
     stage_widths: tuple
 
 
-PLANS = {
-    50: Plan(IResNetUnit, (3, 4, 14, 3), (64, 128, 256, 512)),
+_WIDTHS = (64, 128, 256, 512)
+PLANS = {  # as PLSC's documents have them; 100 is PLSC 0.2's and arcface_paddle's
+    50: Plan(IResNetUnit, (3, 4, 14, 3), _WIDTHS),
+    100: Plan(IResNetUnit, (3, 13, 30, 3), _WIDTHS),
     101: Plan(BottleneckUnit, (3, 4, 23, 3), (256, 512, 1024, 2048)),
     152: Plan(BottleneckUnit, (3, 8, 36, 3), (256, 512, 1024, 2048)),
+}
+BASIC_PLANS = {  # as PLSC's sources have the two from April 2020 on
+    101: Plan(IResNetUnit, (3, 4, 23, 3), _WIDTHS),
+    152: Plan(IResNetUnit, (3, 8, 36, 3), _WIDTHS),
 }
 
 
 class ResNet(StagedNet):
-    """[B, 3, 112, 112] -> [B, D]: PLSC's ResNet of depth 50, 101 or 152."""
+    """[B, 3, 112, 112] -> [B, D]: PLSC's ResNet of a depth in `plans`."""
 
-    def __init__(self, depth: int, embedding_size: int = 512, dropout: float = 0.4, l2_norm: bool = False):
-        plan = PLANS[depth]
+    def __init__(
+        self, depth: int, embedding_size: int = 512, dropout: float = 0.4, l2_norm: bool = False, plans: dict = PLANS
+    ):
+        plan = plans[depth]
         super().__init__(
             plan.unit,
             plan.stage_units,

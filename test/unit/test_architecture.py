@@ -27,7 +27,7 @@ ALLOWED = {
     "checkpoint": {"runtime"},
     "verify": {"runtime"},
     "learner": {"config", "runtime", "data", "model", "head", "optim", "checkpoint", "verify"},
-    "configs": {"config"},
+    "configs": {"config", "runtime.errors"},
 }
 ON_TOP = {"train", "evaluate", "export", "report", "plsc", "tools", "scripts"}
 OURS = {name.split(".")[0] for name in ALLOWED} | ON_TOP

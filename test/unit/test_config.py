@@ -55,7 +55,7 @@ def test_booleans(text, value):
         (["--plugin=no.such.module"], "No module named 'no'"),
         (["--network=r50"], "--net_mode=iresnet --net_depth=100"),
         (["--gradient-acc", "2"], "here it is --accumulate"),
-        (["configs/ms1mv3_r50_onegpu"], "--recipe=NAME with a name of configs"),
+        (["configs/ms1mv3_r50_onegpu"], "--config=configs/ms1mv3_r50_onegpu reads it"),
         (["wf42m_pfc02_r100.py"], "is a config of arcface_torch"),
         (["--fs_name=file:///x", "--fs_checkpoint_dir=../y"], "leads out of the store"),
         (["--lr=x"], "invalid float"),

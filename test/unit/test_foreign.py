@@ -27,6 +27,7 @@ UPSTREAM = {
     "mbf": ("arcface_torch", "rgb"),
     "mbf_large": ("arcface_torch", "rgb"),
     "resnet": ("PLSC", "rgb"),
+    "resnet_basic": ("PLSC", "rgb"),
 }
 
 

@@ -108,15 +108,17 @@ def test_each_upstream_projects_own_defaults(net_mode):
         "mobilefacenet": None,
         "mbf": None,
         "mbf_large": None,
+        "resnet_basic": 0.4,
     }
-    net = create_model(net_mode, 50, embedding_size=16)
+    depth = 101 if net_mode == "resnet_basic" else 50
+    net = create_model(net_mode, depth, embedding_size=16)
     assert dropouts(net) == ([] if own[net_mode] is None else [own[net_mode]])
     with torch.no_grad():
         norm_B = net.eval()(images(2, torch.float32)).norm(dim=1)
     assert net.l2_norm == (net_mode in ("ir", "ir_se", "mobilefacenet"))
     assert torch.allclose(norm_B, torch.ones(2), rtol=0, atol=1e-6) == net.l2_norm
     if own[net_mode] is not None:
-        assert dropouts(create_model(net_mode, 50, 16, dropout=0.25)) == [0.25]
+        assert dropouts(create_model(net_mode, depth, 16, dropout=0.25)) == [0.25]
 
 
 def test_initial_weights():
@@ -144,11 +146,12 @@ def test_a_seed_gives_one_net():
 
 @pytest.mark.parametrize("net_mode", BACKBONES)
 def test_a_description_builds_the_same_net(net_mode):
-    description = describe(net_mode, 50, embedding_size=16, l2_norm=True)
+    depth = 101 if net_mode == "resnet_basic" else 50
+    description = describe(net_mode, depth, embedding_size=16, l2_norm=True)
     assert list(description) == ["net_mode", "net_depth", "embedding_size", "dropout", "l2_norm"]
     assert all(value is None or type(value) in (str, int, float, bool) for value in description.values())
     assert describe(**description) == description
-    first, second = create_model(net_mode, 50, embedding_size=16, l2_norm=True), create_model(**description)
+    first, second = create_model(net_mode, depth, embedding_size=16, l2_norm=True), create_model(**description)
     assert str(first) == str(second)
     assert second.l2_norm is True
 
@@ -158,7 +161,7 @@ def test_a_description_builds_the_same_net(net_mode):
     [
         ({"net_mode": "irse"}, "net_mode 'irse': choose from " + ", ".join(BACKBONES)),
         ({"net_mode": "ir", "net_depth": 101}, "net_depth 101: ir has 18, 34, 50, 100, 152, 200"),
-        ({"net_mode": "resnet"}, "net_depth 100: resnet has 50, 101, 152"),
+        ({"net_mode": "resnet_basic"}, "net_depth 100: resnet_basic has 101, 152"),
         ({"net_mode": "ir", "embedding_size": 0}, "embedding_size 0: give a whole number of at least 1 (512 is usual)"),
         ({"net_mode": "ir", "dropout": 1.0}, "dropout 1.0: give a probability from 0 up to, but not including, 1"),
         (
