@@ -16,7 +16,7 @@ if [ "${1:-}" = --all ]; then
     shift
 fi
 
-use_environment requirements.txt requirements-dev.txt || exit 1
+use_environment requirements.txt requirements-dev.txt requirements-serve.txt || exit 1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # An installed torch_npu without CANN must not break `import torch`; the tests load what they need themselves.
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0

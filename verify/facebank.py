@@ -40,7 +40,10 @@ def build_facebank(folder, embed, read_image) -> tuple[np.ndarray, list[str]]:
                 raise GalleryError(
                     f"{path} is {image.shape[1]}x{image.shape[0]}: align and crop faces to 112x112 first"
                 )
-        embeddings.append(embed(np.stack(images)).mean(axis=0))
+        mean_D = embed(np.stack(images)).mean(axis=0)
+        if not np.isfinite(mean_D).all():
+            raise GalleryError(f"{person}: the embedding of an image is not finite: the model's output is broken")
+        embeddings.append(mean_D)
         names.append(person.name)
     if not embeddings:
         raise GalleryError(f"{folder} holds no face bank: expected {folder}/<person>/<image>.jpg")
@@ -96,4 +99,5 @@ def nearest(source_BD, target_MD, threshold: float) -> tuple[torch.Tensor, torch
     score_BM = target_MD.square().sum(dim=1) - 2 * source_BD @ target_MD.T
     index_B = score_BM.topk(1, dim=1, largest=False).indices[:, 0]  # min() of torch 1.8 refuses B = 0
     distance_B = (source_BD - target_MD[index_B]).square().sum(dim=1)
-    return index_B.masked_fill(distance_B > threshold, -1), distance_B
+    # not "distance > threshold": an embedding that is not finite has a distance of nan, and is nobody's
+    return index_B.masked_fill(~(distance_B <= threshold), -1), distance_B

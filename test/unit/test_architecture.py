@@ -28,8 +28,10 @@ ALLOWED = {
     "verify": {"runtime"},
     "learner": {"config", "runtime", "data", "model", "head", "optim", "checkpoint", "verify"},
     "configs": {"config", "runtime.errors"},
+    "deploy": {"runtime", "data", "checkpoint", "verify", "recognizer"},
 }
 ON_TOP = {"train", "evaluate", "export", "report", "plsc", "tools", "scripts"}
+ON_TOP |= {"insightface_paddle", "plsc_serving", "face_service"}
 OURS = {name.split(".")[0] for name in ALLOWED} | ON_TOP
 
 

@@ -1,0 +1,1 @@
+"""A recognizer at work: photos to aligned faces, galleries, thresholds, serving. Never the Learner."""
