@@ -204,7 +204,9 @@ class Config:
     )
     dist_timeout: float = option(600.0, "seconds after which a silent rank is given up", low=1, high=2592000)
     memory_format: str = option(
-        "auto", "layout of activations; auto = what the device prefers", ("auto", "contiguous", "channels_last")
+        "auto",
+        "layout of activations; auto = the most exact, fastest = channels_last where the device has it",
+        ("auto", "fastest", "contiguous", "channels_last"),
     )
     static: bool = option(
         False, "compile the backbone (torch.compile); off is the eager, dynamic mode", old=("--is_static",)

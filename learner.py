@@ -85,7 +85,7 @@ class Learner:
         self.backbone = model.create_model(
             config.net_mode, config.net_depth, config.embedding_size, dropout=config.drop_ratio, l2_norm=l2_norm
         )
-        self.memory_format = {"auto": self.device.memory_format, **MEMORY_FORMATS}[config.memory_format]
+        self.memory_format = self.device.layout(config.memory_format)
         self.backbone.to(device=self.device.torch, memory_format=self.memory_format)
         scaling = parse_loss_scale(
             config.loss_scale,

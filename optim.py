@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from runtime.device import Device
+from runtime.device import Device, owns_gradients
 from runtime.errors import OptimError
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # the base class has no public name
@@ -25,7 +25,8 @@ SGD_KINDS = ("npu_fused_sgd", "sgd_fused", "sgd_foreach", "sgd_plain")
 # takes a third of the time, a few hundredths of a step, but rounds differently: so cpu and the emulated NPU, and old
 # torch and new, take the same steps.
 PREFERRED = {
-    "npu": SGD_KINDS,
+    # torch_npu has a kernel for torch's fused SGD only lately; before that it falls back to the host's CPU
+    "npu": ("npu_fused_sgd", "sgd_foreach", "sgd_fused", "sgd_plain"),
     "cuda": ("sgd_fused", "sgd_foreach", "sgd_plain"),
     "cpu": ("sgd_plain",),
 }
@@ -98,7 +99,7 @@ def make_sgd(
 
 def sgd_kind(optimizer: torch.optim.Optimizer) -> str:
     """Which of SGD_KINDS make_sgd built."""
-    if getattr(optimizer, "is_fused_optimizer", False):
+    if owns_gradients(optimizer):
         return "npu_fused_sgd"
     return next((f"sgd_{how}" for how in ("fused", "foreach") if optimizer.defaults.get(how)), "sgd_plain")
 

@@ -32,7 +32,7 @@ quickstart = replace(
     lr=0.1,
     milestones=(4, 5),
     warmup_epochs=0.5,
-    memory_format="channels_last",
+    memory_format="fastest",
 )
 
 OWN = {name: value for name, value in list(globals().items()) if isinstance(value, Config)}

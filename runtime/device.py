@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import io
 import logging
 import os
 import platform
@@ -17,7 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,16 @@ class Device:
     @property
     def torch(self) -> torch.device:
         return torch.device(str(self))
+
+    def layout(self, name: str = "auto") -> torch.memory_format:
+        """The layout of images and weights by its name: auto (the most exact here), fastest, contiguous, channels_last.
+        Raises DeviceError where the device has no such layout."""
+        return {
+            "auto": self.memory_format,
+            "fastest": torch.channels_last,
+            "contiguous": torch.contiguous_format,
+            "channels_last": torch.channels_last,
+        }[name]
 
     # What a machine has of this kind: asked of the class.
 
@@ -164,6 +175,15 @@ class Device:
         """The loss scaler of torch for this device, called as class(init_scale=..., ...); None where there is none."""
         scaler = getattr(torch.amp, "GradScaler", None) if hasattr(torch, "amp") else None  # torch 2.3
         return functools.partial(scaler, self.kind) if scaler else None
+
+    @property
+    def saturates(self) -> bool:
+        """Whether results have no inf and no nan: a flag of the chip remembers an overflow, clear_overflow() drops it,
+        and what checks gradients reads that flag and not the gradients."""
+        return False
+
+    def clear_overflow(self) -> None:
+        pass
 
     def fused_sgd_class(self):
         """An SGD class of the device's vendor, or None. Ascend's: fp32 and fp16 parameters only, zero_grad keeps the
@@ -422,13 +442,44 @@ class Npu(_Accelerator):
             )
         return None
 
+    def layout(self, name: str = "auto") -> torch.memory_format:
+        if name == "channels_last":
+            raise DeviceError("--memory_format=channels_last: torch_npu has no such layout; leave the option out")
+        return torch.contiguous_format
+
+    def set(self) -> None:
+        host.cores()  # counted before the device opens: some releases of CANN then bind the process to a part of them
+        host.raise_open_files()
+        super().set()
+
     def tune(self, tf32: bool = False, autotune: bool = True) -> dict:
-        # torch_npu 2.x; older ones have no such switch
-        switches = [getattr(torch.npu, products, None) for products in ("matmul", "conv")]
-        switches = [switch for switch in switches if hasattr(switch, "allow_hf32")]
-        for switch in switches:
-            switch.allow_hf32 = tf32
-        return {"tf32": tf32 and bool(switches), "autotune": False}
+        """HF32, said for matrix products and convolutions each (by default only the latter have it); fp32 kept fp32 by
+        the operators' compiler, which would else compute it in fp16 on the first chips; no private layouts, which cost
+        copies and rounding. Adds what was said to the record: "precision_mode", "internal_format"."""
+        tuned = {"tf32": False, "autotune": False}
+        for products in ("matmul", "conv"):
+            if hasattr(torch.npu, products):
+                # torch_npu 1.8.1 has the switches, which can be set and not read
+                getattr(torch.npu, products).allow_hf32 = tf32
+                tuned["tf32"] = tf32
+        if hasattr(torch.npu, "set_option"):
+            torch.npu.set_option({"ACL_PRECISION_MODE": "must_keep_origin_dtype"})
+            tuned["precision_mode"] = "must_keep_origin_dtype"
+        if hasattr(torch.npu, "config"):
+            torch.npu.config.allow_internal_format = False
+            tuned["internal_format"] = False
+        return tuned
+
+    @property
+    def saturates(self) -> bool:
+        # the oldest torch_npu cannot say; there every chip saturates unless INF_NAN_MODE_ENABLE is set
+        ask = getattr(getattr(torch.npu, "utils", None), "is_support_inf_nan", None)
+        return not ask() if ask else os.environ.get("INF_NAN_MODE_ENABLE", "0") != "1"
+
+    def clear_overflow(self) -> None:
+        if self.saturates:
+            place = torch.npu.utils if hasattr(torch.npu, "utils") else torch.npu
+            place.clear_npu_overflow_flag()
 
     def grad_scaler_class(self):
         # Ascend's own first: it also clears the overflow flag of chips whose fp16 saturates instead of giving inf.
@@ -511,11 +562,18 @@ def _load_torch_npu() -> str | None:
     if "torch_npu" not in sys.modules and importlib.util.find_spec("torch_npu") is None:
         version = torch.__version__.split("+")[0]
         return f"torch_npu is not installed; on an Ascend machine with CANN: pip install torch_npu=={version}"
+    said = io.StringIO()
     try:
-        importlib.import_module("torch_npu")
-    except Exception as error:  # ImportError of CANN's libraries, RuntimeError beside another accelerator, and more
+        with redirect_stdout(said), redirect_stderr(said):
+            importlib.import_module("torch_npu")
+    # ImportError of CANN's libraries, RuntimeError beside another accelerator, and more; torch_npu 1.8.1 and the first
+    # of 2.1 print their traceback and end the process with status 0
+    except (Exception, SystemExit) as error:
+        sys.modules.pop("torch_npu", None)
+        printed = said.getvalue().strip().splitlines()
+        reason = printed[-1] if isinstance(error, SystemExit) and printed else _first_line(error)
         return (
-            f"torch_npu is installed but does not load ({_first_line(error)}); install CANN and "
+            f"torch_npu is installed but does not load ({reason}); install CANN and "
             "`source test/env_npu.sh` before the command"
         )
     return None if hasattr(torch, "npu") else "torch_npu loads but brings no torch.npu; install the one for this torch"
@@ -550,6 +608,12 @@ def _sgd_works(device: Device, how: str) -> bool:
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return bool((weight == 0.5).all())
+
+
+def owns_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is NpuFusedSGD, which keeps gradients in memory of its own: a .grad that is replaced or set to None is
+    cut off from it without a word. Its versions call their mark by two names; all have this attribute."""
+    return hasattr(optimizer, "is_params_grads_combined")
 
 
 def _handed_over(api, moved, done):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import sys
+from contextlib import suppress
 
 
 def keep_freed_memory() -> None:
@@ -69,9 +71,21 @@ def memory_left() -> int:
     return left
 
 
+@functools.cache
 def cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use, as counted at the first call: a device that opens may take some away."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def raise_open_files() -> None:
+    """Let this process open as many files as the system allows: devices, ranks and loaders need more than 1024."""
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems allow less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def cpu_name() -> str:

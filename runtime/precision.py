@@ -16,19 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from runtime.device import Device
+from runtime.device import Device, owns_gradients
 from runtime.dist import ALONE, World
 from runtime.divergence import Divergence
 from runtime.errors import DeviceError, PrecisionError
 from runtime.loss_scale import DYNAMIC, LossScale, LossScaling
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # the base class has no public name
-LARGEST_FP16 = 65504.0
-# Chips of the first Ascend generations saturate at LARGEST_FP16 where others give inf: an overflow is found by size.
-SATURATING_CHIPS = {
-    "Ascend910A", "Ascend910B", "Ascend910ProA", "Ascend910ProB", "Ascend910PremiumA",
-    "Ascend310P1", "Ascend310P2", "Ascend310P3", "Ascend310P4",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,9 +84,9 @@ class Precision:
             scaling = LossScaling(init_loss_scaling=1.0, use_dynamic_loss_scaling=False)
         self.loss_scale = LossScale(scaling, device.torch)
         self.divergence = Divergence(device.torch, world, patience)
-        self.saturates = (
-            self.policy.scaled and device.kind == "npu" and device.describe().get("name") in SATURATING_CHIPS
-        )
+        self._begun = False  # a backward() since the last step
+        for dtype in {torch.float32, self.policy.weights}:  # tried out now: later it would drop a chip's overflow flag
+            _has_foreach_check(device.torch, dtype)
         self.names: dict[str, torch.Tensor] = {}  # what is optimised, by its parameter's name: optim.optimizer_state
         self._masters: dict[str, nn.Parameter] = {}  # fp32, by the name of the half weight
         self._halves: list[nn.Parameter] = []  # the half weights, in the masters' order
@@ -140,6 +134,8 @@ class Precision:
 
     def autocast(self):
         """The context for the model's forward; the head's loss belongs outside of it."""
+        if not self._begun:  # what verification or the last update overflowed does not count against this step
+            self.device.clear_overflow()
         if self.policy.autocast is None:
             return nullcontext()
         return self.device.autocast(self.policy.autocast)
@@ -152,6 +148,7 @@ class Precision:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of loss * scale; may be called several times before step(), to accumulate. loss: 0-dim."""
+        self._begun = True
         self.divergence.see(loss)
         (loss * self.loss_scale.value).backward()
 
@@ -179,7 +176,7 @@ class Precision:
         self._widen_gradients()
         optimised = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         inv_scale = self.loss_scale.value.reciprocal()
-        found_inf = unscale_and_check_([p.grad for p in optimised], inv_scale, self.saturates)
+        found_inf = unscale_and_check_([p.grad for p in optimised], inv_scale)
         if head is not None:
             found_inf = torch.max(found_inf, head.found_inf().to(found_inf))
         found_inf = self.divergence.agree(found_inf)
@@ -192,6 +189,7 @@ class Precision:
         self._drop_gradients(optimizer)
         self.divergence.count(found_inf, self.loss_scale.at_smallest())
         self.loss_scale.adjust(found_inf)
+        self._begun = False
         self.divergence.check(diagnose)
 
     def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -250,7 +248,7 @@ class Precision:
         _copy_([p.detach() for p in self._halves], [master.detach() for master in self._masters.values()])
 
     def _drop_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        if getattr(optimizer, "is_fused_optimizer", False):  # NpuFusedSGD owns its gradients' memory
+        if owns_gradients(optimizer):
             optimizer.zero_grad(set_to_none=False)
             own = self._halves
         else:
@@ -280,15 +278,13 @@ def _cast_weights_(model: nn.Module, dtype: torch.dtype, with_masters: bool) -> 
     return masters
 
 
-def unscale_and_check_(grads: Sequence[torch.Tensor], inv_scale: torch.Tensor, saturates: bool = False) -> torch.Tensor:
+def unscale_and_check_(grads: Sequence[torch.Tensor], inv_scale: torch.Tensor) -> torch.Tensor:
     """grads *= inv_scale in place; 0-dim fp32: 1.0 if any of them was inf or nan, else 0.0. inv_scale: 0-dim fp32.
 
-    saturates: a gradient of LARGEST_FP16 or more, before it is unscaled, counts as an overflow too.
+    On chips that saturate (Device.saturates) torch_npu's operator reads the chip's flag, and leaves gradients scaled
+    where it is set: 1.0 then means that anything since Device.clear_overflow() overflowed.
     """
     found_inf = torch.zeros((), device=inv_scale.device)
-    if saturates:
-        for grad in grads:
-            found_inf = torch.max(found_inf, (grad.float().abs().max() >= LARGEST_FP16).float())
     for dtype in sorted({grad.dtype for grad in grads}, key=str):
         same = [grad for grad in grads if grad.dtype == dtype]
         if _has_foreach_check(found_inf.device, dtype):
@@ -297,7 +293,7 @@ def unscale_and_check_(grads: Sequence[torch.Tensor], inv_scale: torch.Tensor, s
             for grad in same:
                 found_inf = torch.max(found_inf, 1 - torch.isfinite(grad).all().float())
                 grad.mul_(inv_scale.to(dtype))
-    return found_inf
+    return found_inf.clamp(max=1.0)  # some operators add to it
 
 
 @functools.cache

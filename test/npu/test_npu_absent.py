@@ -19,8 +19,13 @@ WITHOUT_CANN = Path(__file__).with_name("stubs_without_cann")
 def without_cann(root, tmp_path):
     make_tiny_set(tmp_path / "set", classes=2, shots=1)
 
-    def run(*command):
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(WITHOUT_CANN), str(root)]), "PYTHON": sys.executable}
+    def run(*command, **environment):
+        env = {
+            **environment,
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(WITHOUT_CANN), str(root)]),
+            "PYTHON": sys.executable,
+        }
         del env["TORCH_DEVICE_BACKEND_AUTOLOAD"]  # a user has not set it
         return subprocess.run(
             [str(part) for part in command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
@@ -54,6 +59,20 @@ def test_one_line_says_it(without_cann, root, tmp_path, command):
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: no npu here: torch_npu is installed but does not load (libhccl.so")
     assert "install CANN" in lines[0]
+
+
+@pytest.mark.parametrize("command", ["runtime.device", "train"])
+def test_also_where_the_import_ends_the_process_with_status_0(without_cann, root, command):
+    if command == "train":
+        command = (f"{root}/train.py", "--device_type=npu", "--data_mode=synthetic")
+    else:
+        command = ("-m", "runtime.device", "npu")
+    done = without_cann(sys.executable, *command, TORCH_NPU_STUB="exits")
+    assert done.returncode == 1 and done.stdout == "", done.stdout
+    assert done.stderr.startswith(
+        "error: no npu here: torch_npu is installed but does not load (ImportError: libhccl.so: cannot open"
+    )
+    assert len(done.stderr.splitlines()) == 1 and "install CANN" in done.stderr
 
 
 def test_auto_takes_the_next_best(without_cann):

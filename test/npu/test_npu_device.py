@@ -135,6 +135,20 @@ def test_profiler_sees_a_step(npu):
     assert any("add_" in event.key for event in profile.key_averages())
 
 
+def test_layouts(npu):
+    assert npu.layout("auto") == npu.layout("fastest") == npu.layout("contiguous") == torch.contiguous_format
+    with pytest.raises(DeviceError, match="^--memory_format=channels_last: torch_npu has no such layout; leave"):
+        npu.layout("channels_last")
+
+
+def test_precision_is_said_and_recorded(npu):
+    for on in (True, False):
+        said = npu.tune(tf32=on)
+        assert torch.npu.matmul.allow_hf32 is torch.npu.conv.allow_hf32 is said["tf32"] is on
+    assert torch.npu.options["ACL_PRECISION_MODE"] == said["precision_mode"] == "must_keep_origin_dtype"
+    assert torch.npu.config.allow_internal_format is said["internal_format"] is False
+
+
 def test_the_command(npu_python):
     assert npu_python("-m", "runtime.device", "auto").stdout == "npu\n"
     assert npu_python("-m", "runtime.device", "npu", "--ranks", 8, NPU_SIM_DEVICES="8").stdout == "npu\n"

@@ -106,15 +106,56 @@ def test_the_number_of_devices(npu_python):
 def test_saturating_chips(npu_python):
     code = """
 import torch, torch_npu
+flag, clear = torch.npu.utils.get_npu_overflow_flag, torch.npu.clear_npu_overflow_flag
+assert not torch.npu.utils.is_support_inf_nan()
 x = torch.tensor([60000.0, -60000.0]).npu().half()
-assert not torch.ops.npu_sim.overflow_flag()
-assert (x * 2).tolist() == [65504, -65504] and torch.ops.npu_sim.overflow_flag()
-torch.ops.npu_sim.clear_overflow_flag()
-assert x.mul_(2).tolist() == [65504, -65504] and torch.ops.npu_sim.overflow_flag()
+assert not flag()
+assert (x * 2).tolist() == [65504, -65504] and flag()
+clear()
+assert not flag() and x.mul_(2).tolist() == [65504, -65504] and flag()
 assert torch.full((1,), 1e9).npu().half().item() == 65504
+clear()
+zero = torch.zeros(1).npu()
+largest = torch.finfo(torch.float32).max
+assert (1 / zero).item() == largest and flag()
+assert (zero / zero).item() == 0 and zero.log().item() == -largest and torch.isfinite(zero.log()).all()
+# The check of gradients reads the flag, and leaves them scaled where it is set; they themselves are not looked at.
+grad, found, inv = torch.full((2,), 8.0).npu(), torch.zeros(()).npu(), torch.full((), 0.5).npu()
+torch._amp_foreach_non_finite_check_and_unscale_([grad], found, inv)
+assert grad.tolist() == [8, 8] and found.item() == 1 and not flag()
+torch._amp_foreach_non_finite_check_and_unscale_([grad], found, inv)
+assert grad.tolist() == [4, 4] and found.item() == 1
+x.mul_(2)
+torch._amp_foreach_non_finite_check_and_unscale_([grad], found, inv)
+assert found.item() == 2
 """
     done = npu_python("-c", code, NPU_SIM_SATURATE="1")
     assert done.returncode == 0, done.stderr
+
+
+def test_fp32_of_the_first_chips_is_fp16_unless_told(npu_python):
+    code = """
+import torch, torch_npu
+a = torch.full((1, 1), 1 + 2.0**-14)
+assert (a.npu() @ a.npu()).item() == 1
+assert torch.conv2d(a.reshape(1, 1, 1, 1).npu(), a.reshape(1, 1, 1, 1).npu()).item() == 1
+torch.npu.set_option({"ACL_PRECISION_MODE": "must_keep_origin_dtype"})
+assert (a.npu() @ a.npu()).item() == (a @ a).item() > 1
+"""
+    done = npu_python("-c", code, NPU_SIM_FP32_AS_FP16="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_contiguous_layouts():
+    x = torch.ones(2, 3, 4, 4, device=NPU)
+    for make in (
+        lambda: x.to(memory_format=torch.channels_last),
+        lambda: x.contiguous(memory_format=torch.channels_last),
+        lambda: torch.empty(2, 3, 4, 4, device=NPU, memory_format=torch.channels_last),
+        lambda: nn.Conv2d(3, 3, 1).to(NPU, memory_format=torch.channels_last),
+    ):
+        with pytest.raises(RuntimeError, match="Only support contiguous_format or preserve_format"):
+            make()
 
 
 # Where it cannot be had.
@@ -313,7 +354,7 @@ def _fused(emulated_npu, *parameters):
 def _after_steps(device, make, steps=3):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 5))
-    net.to(device, memory_format=torch.channels_last)
+    net.to(device)
     optimizer = make(net.parameters())
     for i in range(steps):
         images = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(i)).to(device)
@@ -346,19 +387,22 @@ def _with_gradient(t):
 @pytest.mark.parametrize(
     "replace",
     [
-        lambda p: setattr(p, "grad", torch.ones_like(p)),
+        lambda p: setattr(p, "grad", torch.full_like(p, 7.0)),
         lambda p: setattr(p, "grad", None),
-        lambda p: setattr(p, "data", torch.ones_like(p)),
+        lambda p: setattr(p, "data", torch.full_like(p, 7.0)),
     ],
     ids=["gradient replaced", "gradient dropped", "parameter replaced"],
 )
-def test_the_fused_sgd_wants_its_memory_kept(emulated_npu, replace):
-    parameter = _with_gradient(torch.ones(3, device=NPU))
-    optimizer = _fused(emulated_npu, parameter)
-    optimizer.step()
-    replace(parameter)
-    with pytest.raises(RuntimeError, match="replaced"):
+def test_the_fused_sgd_goes_on_with_its_old_memory_without_a_word(emulated_npu, replace):
+    parameter, kept = (_with_gradient(torch.ones(3, device=NPU)) for _ in range(2))
+    optimizers = [_fused(emulated_npu, p) for p in (parameter, kept)]
+    for optimizer in optimizers:
         optimizer.step()
+    old = parameter.detach()
+    replace(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(old.cpu(), kept.detach().cpu())
 
 
 def test_the_fused_sgd_s_other_restrictions(emulated_npu):

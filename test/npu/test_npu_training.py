@@ -9,7 +9,7 @@ import torch
 from small_training import SmallTraining
 
 from checkpoint import store
-from optim import load_optimizer_state, optimizer_state
+from optim import load_optimizer_state, optimizer_state, sgd_kind
 from runtime.device import Device
 from runtime.loss_scale import LossScaling
 from runtime.precision import POLICIES
@@ -66,11 +66,9 @@ def test_bfloat16_steps_are_bit_identical_to_the_cpu_s(policy):
 
 
 @pytest.mark.parametrize("policy", ["O1", "O2", "fp16"])
-@pytest.mark.parametrize("chip", [None, "saturates"])
-def test_an_overflow_skips_the_step(policy, chip):
+def test_an_overflow_skips_the_step(policy):
     scaling = LossScaling(init_loss_scaling=2.0**40, decr_every_n_nan_or_inf=1, decr_ratio=2.0**-8)
     npu = SmallTraining(NPU, policy, scaling=scaling)
-    npu.precision.saturates = chip == "saturates"
     before = npu.weights()
     npu.step()
     after = npu.weights()
@@ -82,23 +80,49 @@ def test_an_overflow_skips_the_step(policy, chip):
     assert all(map(math.isfinite, npu.losses))
 
 
+@pytest.mark.parametrize("mark", ["is_fused_optimizer", "is_npu_fused_optimizer"])
+def test_the_fused_sgd_of_every_version_takes_the_plain_one_s_steps(plain_cpu, emulated_npu, monkeypatch, mark):
+    """torch_npu 1.8.1, 1.11 and 2.0.1 call their mark by the second name. Cut off from its gradients, it would go on
+    with those of the first step."""
+    monkeypatch.setattr(emulated_npu.optim.NpuFusedSGD, "MARK", mark)
+    npu = SmallTraining(NPU, sgd="npu_fused_sgd").run(6)
+    assert hasattr(npu.optimizer, mark) and npu.losses == plain_cpu.losses[:6]
+    assert sgd_kind(npu.optimizer) == "npu_fused_sgd"
+
+
 def test_a_chip_that_saturates(npu_python):
-    """Its fp16 has no inf: the overflow shows as 65504, and a finite test alone would take the step."""
+    """It has no inf and no nan: what is not finite shows as a flag of the chip, and a finite test alone would take the
+    step."""
     code = """
 import torch
 from runtime.device import parse_device
 from runtime.loss_scale import LossScaling
 from small_training import SmallTraining
-scaling = LossScaling(init_loss_scaling=2.0**40, decr_every_n_nan_or_inf=1)
-training = SmallTraining(parse_device("npu"), "fp16", scaling=scaling)
-before = training.weights()["body.0.res_layer.1.weight"].clone()
-training.step()
-assert torch.ops.npu_sim.overflow_flag()
-assert training.precision.saturates and training.precision.skipped == 1
-assert torch.equal(before, training.weights()["body.0.res_layer.1.weight"])
+npu = parse_device("npu")
+assert npu.saturates
+for policy in ("O1", "O2", "fp16"):
+    scaling = LossScaling(init_loss_scaling=2.0**40, decr_every_n_nan_or_inf=1)
+    training = SmallTraining(npu, policy, scaling=scaling)
+    before = training.weights()["body.0.res_layer.1.weight"].clone()
+    training.step()
+    assert training.precision.skipped == 1 and training.precision.scale == 2.0**39
+    assert torch.equal(before, training.weights()["body.0.res_layer.1.weight"])
 """
     done = npu_python("-c", code, NPU_SIM_SATURATE="1", NPU_SIM_NAME="Ascend910A")
     assert done.returncode == 0, done.stderr
+
+
+def test_fp32_is_fp32_on_the_first_chips_too(npu_python, plain_cpu):
+    code = """
+from runtime.device import parse_device
+from small_training import SmallTraining
+npu = parse_device("npu")
+record = npu.tune()
+print(record, SmallTraining(npu).run(3).losses)
+"""
+    done = npu_python("-c", code, NPU_SIM_FP32_AS_FP16="1", NPU_SIM_NAME="Ascend910A")
+    said = {"tf32": False, "autotune": False, "precision_mode": "must_keep_origin_dtype", "internal_format": False}
+    assert done.stdout.strip() == f"{said} {plain_cpu.losses[:3]}", done.stderr
 
 
 def _checkpoint(training):

@@ -133,7 +133,7 @@ class WithNpuFusedSGD(Device):
     """A device whose vendor has an SGD of its own."""
 
     class Sgd(torch.optim.SGD):
-        is_fused_optimizer = True
+        is_params_grads_combined = True
 
     @property
     def torch(self):

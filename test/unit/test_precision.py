@@ -16,7 +16,6 @@ from runtime.divergence import first_non_finite
 from runtime.errors import DeviceError, PrecisionError
 from runtime.loss_scale import LossScale, LossScaling, parse_loss_scale
 from runtime.precision import (
-    LARGEST_FP16,
     POLICIES,
     Precision,
     make_precision,
@@ -387,24 +386,12 @@ def test_one_bad_element_is_found_and_the_rest_unscaled(bad, dtype):
     assert float(unscale_and_check_(grads, torch.tensor(1.0))) == 1.0
 
 
-def test_saturated_gradients_are_an_overflow_where_the_chip_saturates():
-    for saturates, found in ((False, 0.0), (True, 1.0)):
-        grads = [torch.ones(4), torch.tensor([1.0, -LARGEST_FP16])]
-        assert float(unscale_and_check_(grads, torch.tensor(1 / 128), saturates)) == found
-    assert float(unscale_and_check_([torch.full((4,), 65000.0)], torch.tensor(1 / 128), True)) == 0.0
-
-
 class Npu(AnyType):
     """An NPU by name, computing on the cpu."""
-
-    chip = "Ascend910B3"
 
     @property
     def torch(self):
         return torch.device("cpu")
-
-    def describe(self):
-        return {"name": self.chip}
 
     def fused_sgd_class(self):
         return Restricted
@@ -414,20 +401,6 @@ class Npu(AnyType):
 
     def autocast(self, dtype, enabled=True):
         return Device("cpu").autocast(dtype, enabled)
-
-
-@pytest.mark.parametrize("chip, name, saturates", [("Ascend910A", "O2", True), ("Ascend910B3", "O2", False),
-                                                   ("Ascend910A", "O0", False)])  # fmt: skip
-def test_old_ascend_chips_are_known_by_name(chip, name, saturates):
-    device = type(chip, (Npu,), {"chip": chip})("npu")
-    precision = Precision(name, device)
-    assert precision.saturates is saturates
-    model = nn.Linear(1, 1, bias=False)
-    groups = [{"params": list(model.parameters())}]
-    optimizer = precision.prepare(model, lambda g: torch.optim.SGD(g, lr=1.0), groups)
-    model.weight.grad = torch.full_like(model.weight, LARGEST_FP16)
-    precision.step(optimizer)
-    assert precision.skipped == int(saturates)
 
 
 @pytest.mark.parametrize("name, kind", [(n, k) for n, k in itertools.product(RUNNABLE, KINDS)
@@ -462,7 +435,7 @@ def test_a_scale_that_is_too_large_comes_down_and_training_goes_on(name):
 class Restricted(torch.optim.SGD):
     """NpuFusedSGD's rules: the memory of parameters and gradients that it has seen stays theirs."""
 
-    is_fused_optimizer = True
+    is_params_grads_combined = True
     seen = None
 
     def zero_grad(self, set_to_none=False):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import types
+import warnings
 
 import torch
 
@@ -203,3 +204,59 @@ def is_bf16_supported() -> bool:
 
 def set_compile_mode(jit_compile=False) -> None:
     pass
+
+
+# Precision of fp32: of the compiler (910A), of the matrix unit (hf32), and private layouts.
+
+options: dict = {}
+
+
+def set_option(option: dict) -> None:
+    if not isinstance(option, dict):
+        raise TypeError("npu option must be a dict.")
+    options.update(option)
+    if "ACL_PRECISION_MODE" in option:
+        _ops.keep_origin_dtype(option["ACL_PRECISION_MODE"] == "must_keep_origin_dtype")
+
+
+class _Switch:
+    """allow_hf32 takes a bool alone; for convolutions it is on until somebody says otherwise."""
+
+    def __init__(self, default: bool):
+        self.__dict__["allow_hf32"] = default
+
+    def __setattr__(self, name, value):
+        if name != "allow_hf32" or not isinstance(value, bool):
+            raise TypeError(f"{name} = {value!r}")
+        self.__dict__[name] = value
+
+
+matmul, conv = _Switch(False), _Switch(True)
+config = types.SimpleNamespace(allow_internal_format=get_device_name().startswith("Ascend910A"))
+
+
+# Overflow on chips without an INF/NAN mode.
+
+
+def is_support_inf_nan() -> bool:
+    return not _ops.saturates()
+
+
+def clear_npu_overflow_flag() -> None:
+    if is_support_inf_nan():
+        warnings.warn("clear_npu_overflow_flag is useless here", stacklevel=2)
+        return
+    _ops.clear_overflow_flag()
+
+
+def get_npu_overflow_flag() -> bool:
+    if is_support_inf_nan():
+        raise RuntimeError("Unsupported api when soc_version >= Ascend910B1")
+    return _ops.overflow_flag()
+
+
+utils = types.SimpleNamespace(
+    is_support_inf_nan=is_support_inf_nan,
+    clear_npu_overflow_flag=clear_npu_overflow_flag,
+    get_npu_overflow_flag=get_npu_overflow_flag,
+)

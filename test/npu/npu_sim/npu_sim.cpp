@@ -4,7 +4,10 @@
 // Environment, read once:
 //   NPU_SIM_DEVICES=2     how many devices there are
 //   NPU_SIM_DENY=a,b      operators that this "version of CANN" lacks, e.g. aten::topk
-//   NPU_SIM_SATURATE=1    fp16 saturates at 65504 and raises the overflow flag, as on chips without an INF/NAN mode
+//   NPU_SIM_SATURATE=1    a chip without an INF/NAN mode: inf becomes the largest number and nan 0 in every result, a
+//                         flag remembers it, and the check of gradients reads that flag and not the gradients
+//   NPU_SIM_FP32_AS_FP16=1  matrix products and convolutions of fp32 run in fp16 until keep_origin_dtype() (910A)
+//   NPU_SIM_AFFINITY=1    opening a device binds the process to its share of the cores (CPU_AFFINITY_CONF, CANN 8.0)
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/autocast_mode.h>
@@ -14,6 +17,7 @@
 #include <ATen/native/UnaryOps.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <sched.h>
 #include <torch/library.h>
 #include <unistd.h>
 
@@ -55,7 +59,9 @@ static std::set<std::string> env_set(const char* name) {
 }
 
 // ---------------------------------------------------------------- devices
+// A thread has no device until it sets one, or asks: then it opens device 0.
 static thread_local DeviceIndex current_index = 0;
+static std::atomic<bool> opened[kMostDevices];
 
 static DeviceIndex device_count() {
   static const int count = std::min(env_int("NPU_SIM_DEVICES", 2), kMostDevices);
@@ -66,6 +72,23 @@ static void set_device(int64_t index) {
   TORCH_CHECK(index >= 0 && index < device_count(),
               "npu_sim: invalid device ordinal ", index, ", ", (int)device_count(), " devices");
   current_index = index;
+}
+
+static void bind_to_share_of_cores() {
+  cpu_set_t mine, share;
+  if (!env_int("NPU_SIM_AFFINITY", 0) || sched_getaffinity(0, sizeof mine, &mine)) return;
+  const int most = std::max(1, CPU_COUNT(&mine) / device_count());
+  CPU_ZERO(&share);
+  for (int core = 0, taken = 0; core < CPU_SETSIZE && taken < most; ++core)
+    if (CPU_ISSET(core, &mine)) CPU_SET(core, &share), ++taken;
+  sched_setaffinity(0, sizeof share, &share);
+}
+
+static void open_device(int64_t index) {
+  set_device(index);
+  static const bool bound = (bind_to_share_of_cores(), true);
+  (void)bound;
+  opened[index] = true;
 }
 
 static DeviceIndex or_current(DeviceIndex index) { return index < 0 ? current_index : index; }
@@ -100,6 +123,7 @@ static c10::DataPtr allocate_on(size_t size, DeviceIndex index) {
   TORCH_CHECK(owner == getpid(), "Cannot re-initialize NPU in forked subprocess. To use NPU with multiprocessing, you "
                                  "must use the 'spawn' start method");
   if (!size) return {nullptr, Device(kNPU, index)};
+  opened[index] = true;
   void* bytes = nullptr;
   TORCH_CHECK(posix_memalign(&bytes, 64, size) == 0, "npu_sim: out of memory");
   std::memset(bytes, 0xFF, size);  // NaN in every floating type: a torch.empty() that nobody fills shows
@@ -300,16 +324,30 @@ static Tensor as_cpu(const Tensor& t) {
   return make_tensor(std::move(storage), DispatchKey::CPU, t);
 }
 
-// Chips without an INF/NAN mode turn an fp16 overflow into the largest number and raise a flag in the hardware.
+// Chips without an INF/NAN mode have no inf and no nan: what would be one is cut, and a flag of the device remembers it.
+static const bool saturates = env_int("NPU_SIM_SATURATE", 0);
 static std::atomic<bool> overflow_flag{false};
 
 static const Tensor& saturate(const Tensor& result) {
-  static const bool saturates = env_int("NPU_SIM_SATURATE", 0);
-  if (saturates && result.defined() && result.scalar_type() == at::kHalf && at::isinf(result).any().item<bool>()) {
+  if (saturates && result.defined() && at::isFloatingType(result.scalar_type()) &&
+      !at::isfinite(result).all().item<bool>()) {
     overflow_flag = true;
-    result.clamp_(-65504, 65504);
+    at::nan_to_num_(const_cast<Tensor&>(result), 0.0);
   }
   return result;
+}
+
+// found_inf is added to, and gradients stay scaled where the flag is set.
+static void check_flag_and_unscale(at::TensorList grads, Tensor found_inf, const Tensor& inv_scale) {
+  if (overflow_flag.exchange(false)) found_inf.add_(1);
+  else for (Tensor grad : grads) grad.mul_(inv_scale);
+}
+
+// The first generation computes fp32 products in fp16 unless ACL_PRECISION_MODE says otherwise.
+static std::atomic<bool> fp32_as_fp16{env_int("NPU_SIM_FP32_AS_FP16", 0) != 0};
+
+static Tensor as_computed(const Tensor& t) {
+  return fp32_as_fp16 && t.defined() && t.scalar_type() == at::kFloat ? t.to(at::kHalf).to(at::kFloat) : t;
 }
 
 // A new npu tensor that holds what a CPU kernel returned.
@@ -318,7 +356,8 @@ static Tensor to_npu(const Tensor& result, Device device) {
   c10::DeviceGuard guard(device);
   Tensor t = at::detail::empty_strided_generic(result.sizes(), result.strides(), &allocator,
                                              DispatchKeySet(DispatchKey::PrivateUse1), result.scalar_type());
-  saturate(as_cpu(t).copy_(result));
+  auto bytes = as_cpu(t);
+  saturate(bytes.copy_(result));
   return t;
 }
 
@@ -340,6 +379,8 @@ static Tensor empty_memory_format(IntArrayRef size, std::optional<at::ScalarType
                                   std::optional<c10::Layout> layout, std::optional<Device> device,
                                   std::optional<bool> pin, std::optional<at::MemoryFormat> format) {
   check_factory(layout, pin);
+  TORCH_CHECK(!format || *format == c10::MemoryFormat::Contiguous || *format == c10::MemoryFormat::Preserve,
+              "Only support contiguous_format or preserve_format, ERR01007 OPS feature not supported");
   c10::DeviceGuard guard(chosen(device));
   return at::detail::empty_generic(size, &allocator, DispatchKeySet(DispatchKey::PrivateUse1),
                                    c10::dtype_or_default(dtype), format);
@@ -390,7 +431,8 @@ static Tensor& set_tensor(Tensor& self, const Tensor& source) {
 
 static Tensor copy_from(const Tensor& source, const Tensor& target, bool) {
   note("aten::copy_", target);
-  saturate(as_cpu(target).copy_(as_cpu(source)));
+  auto bytes = as_cpu(target);
+  saturate(bytes.copy_(as_cpu(source)));
   return target;
 }
 
@@ -417,7 +459,7 @@ static void check_same_device(std::optional<Device>& seen, Device device, const 
 // ATen sends the convolutions of an out-of-tree device to these two. In fp16 a CPU convolves about twenty times slower
 // than in fp32, and an NPU accumulates in fp32 anyway.
 static Tensor for_convolution(const Tensor& t) {
-  return t.defined() && t.scalar_type() == at::kHalf ? as_cpu(t).to(at::kFloat) : as_cpu(t);
+  return t.defined() && t.scalar_type() == at::kHalf ? as_cpu(t).to(at::kFloat) : as_computed(as_cpu(t));
 }
 
 static Tensor from_convolution(const Tensor& result, const Tensor& like) {
@@ -499,7 +541,7 @@ static bool is_optional_generator(const c10::Argument& argument) {
 
 static void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   static const std::set<std::string> denied = env_set("NPU_SIM_DENY");
-  static const std::set<std::string> no_float64 = {"aten::mm", "aten::addmm", "aten::bmm", "aten::_addmm_activation"};
+  static const std::set<std::string> products = {"aten::mm", "aten::addmm", "aten::bmm", "aten::_addmm_activation"};
   const auto& schema = op.schema();
   TORCH_CHECK_NOT_IMPLEMENTED(!denied.count(schema.name()) && op.hasKernelForDispatchKey(DispatchKey::CPU),
                               "Could not run '", op.operator_name(),
@@ -519,6 +561,7 @@ static void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         value = cpu;
       } else {
         value = call.argument(t);
+        if (products.count(call.name) && !schema.arguments()[i].is_out()) value = as_computed(value.toTensor());
       }
     } else if (value.isTensorList()) {
       c10::List<Tensor> list;
@@ -544,13 +587,19 @@ static void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       auto* generator = default_generator(call.device->index()).unsafeGetGeneratorImpl();
       (*stack)[begin + i] = static_cast<Generator*>(generator)->engine;
     }
-  TORCH_CHECK(!(call.float64 && no_float64.count(call.name)), "npu_sim: ", call.name,
+  TORCH_CHECK(!(call.float64 && products.count(call.name)), "npu_sim: ", call.name,
               " has no float64 kernel on Ascend");
   note(call.name, call.first);
   {
     at::AutoDispatchBelowADInplaceOrView no_autograd;
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+    if (saturates && call.name == "aten::_amp_foreach_non_finite_check_and_unscale_") {
+      check_flag_and_unscale((*stack)[begin].toTensorVector(), (*stack)[begin + 1].toTensor(),
+                             (*stack)[begin + 2].toTensor());
+      stack->resize(begin);
+    } else {
+      op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+    }
   }
   for (const auto& [npu, cpu] : resized) {
     npu.resize_(cpu.sizes());
@@ -633,7 +682,7 @@ TORCH_LIBRARY(npu_sim, m) {
     static Hooks* hooks = nullptr;
     if (!hooks) at::RegisterPrivateUse1HooksInterface(hooks = new Hooks);
   });
-  m.def("set_device", [](int64_t index) { set_device(index); });
+  m.def("set_device", [](int64_t index) { open_device(index); });
   m.def("current_device", []() -> int64_t { return current_index; });
   m.def("device_count", []() -> int64_t { return device_count(); });
   m.def("default_generator", [](int64_t index) { return default_generator(index); });
@@ -641,6 +690,13 @@ TORCH_LIBRARY(npu_sim, m) {
   m.def("peak_memory", [](int64_t index) { return usage[index].peak; });
   m.def("reset_peak_memory", [](int64_t index) { usage[index].peak = usage[index].now; });
   m.def("total_memory", []() -> int64_t { return kTotalMemory; });
+  m.def("saturates", []() -> bool { return saturates; });
+  m.def("keep_origin_dtype", [](bool keep) { fp32_as_fp16 = !keep; });
+  m.def("opened", [] {
+    std::vector<int64_t> list;
+    for (int i = 0; i < device_count(); ++i) if (opened[i]) list.push_back(i);
+    return list;
+  });
   m.def("overflow_flag", []() -> bool { return overflow_flag; });
   m.def("clear_overflow_flag", [] { overflow_flag = false; });
   m.def("calls", list_calls);
