@@ -1,4 +1,4 @@
-# What the launchers beside this file share: each sources it and says
+# What the launchers beside this file share: each sources it, in bash 3.2 or newer, and says
 #
 #   launch PROGRAM RANKS RECIPE BATCH_PER_RANK "$@"
 #
@@ -28,6 +28,7 @@ launch() {
     need_number NNODES "$nodes" 1
     need_number NODE_RANK "$node" 0
     need_number MAX_RESTARTS "${MAX_RESTARTS:-0}" 0
+    need_number MASTER_PORT "${MASTER_PORT:-29500}" 1 65535
     [ "$node" -lt "$nodes" ] || fail "NODE_RANK=$node does not exist among NNODES=$nodes machines; they count from 0"
     [ "$nodes" -eq 1 ] || [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$nodes needs MASTER_ADDR, the address of machine 0"
     choose_python
@@ -42,9 +43,9 @@ launch() {
     find_paths "$@"
     set -- ${with_paths[@]+"${with_paths[@]}"}  # bash 4.3 takes an empty array for unset
     # Before anything starts: an option that does not exist, a device that is not there, more ranks than devices.
-    local settings device_type device_id run_dir
+    local settings device_type device_id run_dir cores
     settings=$("$PYTHON" -c "$READ_OPTIONS" "$program" "$@") || exit
-    { read -r device_type; read -r device_id; read -r run_dir; } <<<"$settings"
+    { read -r device_type; read -r device_id; read -r cores; read -r run_dir; } <<<"$settings"
     set_npu_environment "$device_type"
     # Alone, and free to take what is there, a rank finds its device without being told.
     if [ "$device_type" != cpu ] && { [ "$ranks" -gt 1 ] || [ "$device_type" != auto ]; }; then
@@ -55,10 +56,10 @@ launch() {
     mkdir -p "$run_dir" || exit
     state=$(mktemp -d) || exit
     trap 'rm -rf "$state"' EXIT
-    local share=$(($(nproc) / ranks))
+    local share=$((cores / ranks))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 1 ? share : 1))}
-    # Waiting threads sleep: loader processes and other ranks want the cores that they would spin on.
-    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+    # A rank's output goes through tee, which is no terminal: its progress bar goes to this one.
+    [ ! -t 2 ] || PROGRESS_TERMINAL=$(tty <&2) && export PROGRESS_TERMINAL
     echo "$(basename "$0"): $((ranks * nodes)) rank(s), output in $run_dir"
     set -- bash test/common.sh one_rank "$run_dir" "$state" "$PYTHON" "$program" "$@" "--run_dir=$run_dir"
     if [ $((ranks * nodes)) -eq 1 ]; then
@@ -72,7 +73,7 @@ launch() {
     fi
     local status=$?
     end_stragglers
-    explain_failure "$status" "$run_dir"
+    explain_failure "$status" "$run_dir" $((node * ranks))
     if [ "$node" -eq 0 ]; then
         "$PYTHON" report.py "$run_dir" || exit
     else
@@ -85,20 +86,22 @@ READ_OPTIONS='
 import sys
 import config
 from configs import RECIPES
+from runtime.host import cores
 from runtime.log import run_command
 
 def main():
     options = config.parse_arguments(sys.argv[2:], training=sys.argv[1] == "train.py", recipes=RECIPES)
-    print(options.device_type, options.device_id, options.run_dir, sep="\n")
+    print(options.device_type, options.device_id, cores(), options.run_dir, sep="\n")
 
 run_command(main)
 '
 
-need_number() {  # NAME VALUE LOWEST
+need_number() {  # NAME VALUE LOWEST [HIGHEST]
     case "$2" in
-    "" | *[!0-9]*) fail "$1='$2' is not a number" ;;
+    "" | *[!0-9]* | 0?* | ??????????*) fail "$1='$2' is not a number such as 8" ;;
     esac
     [ "$2" -ge "$3" ] || fail "$1=$2: must be at least $3"
+    [ "$2" -le "${4:-$2}" ] || fail "$1=$2: must be at most $4"
 }
 
 choose_python() {
@@ -110,7 +113,8 @@ choose_python() {
 }
 
 # Sets with_paths to the options, each file or folder that lies where the caller stood by its whole path: from here on
-# the root is the current folder. What is not there is looked for under the root, as from ./data/faces_emore.
+# the root is the current folder. What is not there is looked for under the root, as from ./data/faces_emore; a folder
+# that is yet to be made is made where the caller stood.
 find_paths() {
     local word option="" value
     with_paths=()
@@ -120,12 +124,15 @@ find_paths() {
         --*) option=$word value="" ;;
         *) value=$word ;;
         esac
-        case "$option" in
-        --*path | --resume | --output | --run[_-]dir)
-            if [ "$called_from" != "$PWD" ] && [ -n "$value" ] && [ "${value#/}" = "$value" ] &&
-                [ -e "$called_from/$value" ]; then
-                word=${word%"$value"}$called_from/$value
-            fi ;;
+        case "$value" in
+        "" | /*) ;;
+        *)
+            case "$option" in
+            --output | --run[_-]dir | --work[_-]path)
+                [ -e "$value" ] && [ ! -e "$called_from/$value" ] || word=${word%"$value"}$called_from/$value ;;
+            --*path | --rec | --data[_-]dir | --resume | --plugin)
+                [ ! -e "$called_from/$value" ] || word=${word%"$value"}$called_from/$value ;;
+            esac ;;
         esac
         with_paths+=("$word")
     done
@@ -196,9 +203,13 @@ one_rank() {
     local folder=$1 state=$2 rank=${RANK:-0} status screen=""
     shift 2
     if [ "${LOCAL_RANK:-0}" -eq 0 ]; then
+        local pipe=$state/screen.$$
+        mkfifo "$pipe" || exit
         # what writes the log outlives the signals that the rank, or its whole group, gets
-        exec > >(trap "" INT TERM HUP; exec tee -a "$folder/rank_$rank.log") 2>&1
+        (trap "" INT TERM HUP; exec tee -a "$folder/rank_$rank.log" <"$pipe") &
         screen=$!
+        exec >"$pipe" 2>&1
+        rm "$pipe"
     else
         exec >>"$folder/rank_$rank.log" 2>&1
     fi
@@ -212,9 +223,8 @@ one_rank() {
 }
 
 as_rank() {  # PID_FILE COMMAND...
-    echo "$BASHPID" >"$1"
-    shift
-    exec "$@"
+    # bash 3.2 does not tell a subshell its own number, but sh does
+    exec sh -c 'echo $$ >"$0" && exec "$@"' "$@"
 }
 
 # The starter kills those that do not leave in time, but only the shell around a rank.
@@ -225,11 +235,15 @@ end_stragglers() {
     done
 }
 
-explain_failure() {  # STATUS RUN_DIR: returns only where every rank ended well
+explain_failure() {  # STATUS RUN_DIR FIRST_RANK: returns only where every rank ended well
     local rank status log
     [ "$1" -ne 0 ] || return 0  # a rank that failed before a restart is no failure
     if read -r rank status 2>/dev/null <"$state/failed"; then
         log=$2/rank_$rank.log
+        if grep -qxF -e "$(tail -n 1 "$log")" "$2/rank_$3.log"; then  # it stands on the screen already
+            echo "rank $rank ended with status $status; its output is in $log" >&2
+            exit "$status"
+        fi
         echo "error: rank $rank ended with status $status; the end of $log:" >&2
     else
         status=$1 log=$2/launcher.log

@@ -3,14 +3,18 @@ test/common.sh, config.py and runtime/ are the project's own."""
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -236,6 +240,10 @@ def test_a_wrong_option_ends_in_one_line_before_anything_starts(project, wrong, 
     "env, said",
     [
         ({"RANK_SIZE": "eight"}, "RANK_SIZE='eight' is not a number"),
+        ({"RANK_SIZE": "08"}, "RANK_SIZE='08' is not a number such as 8"),
+        ({"RANK_SIZE": "9" * 30}, "RANK_SIZE='999"),
+        ({"MASTER_PORT": 0}, "MASTER_PORT=0: must be at least 1"),
+        ({"MASTER_PORT": 70000}, "MASTER_PORT=70000: must be at most 65535"),
         ({"RANK_SIZE": 0}, "RANK_SIZE=0: must be at least 1"),
         ({"NNODES": 2}, "NNODES=2 needs MASTER_ADDR, the address of machine 0"),
         ({"NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "NODE_RANK=2 does not exist among NNODES=2 machines"),
@@ -270,11 +278,70 @@ def test_a_failing_rank_gives_its_status_and_its_log_and_no_report(project):
 
 
 @pytest.mark.parametrize("does, status, last", [("exit 7", 7, "error: no luck"), ("die", 137, "Killed")])
-def test_a_failing_single_rank_does_so_too(project, does, status, last):
+def test_a_failing_single_rank_does_so_too_and_its_error_is_shown_once(project, does, status, last):
     run = launch(project, "train_full_1p", RANK_0=does)
     assert run.status == status and "Final" not in run.out
-    assert f"error: rank 0 ended with status {status}; the end of" in run.err
-    assert last in run.err.splitlines()[-1]
+    assert run.err.splitlines() == [
+        f"rank 0 ended with status {status}; its output is in {run.folder.relative_to(project)}/rank_0.log"
+    ]
+    assert run.out.count(last) == 1
+
+
+def test_an_error_of_all_ranks_is_shown_once(project):
+    run = launch(project, "train_full_8p", "--device_type=cpu", RANK_SIZE=2, RANK_0="exit 7", RANK_1="exit 7")
+    assert run.status == 7 and (run.out + run.err).count("error: no luck") == 1
+
+
+@pytest.mark.parametrize("shell", ["sh", "dash", "bash --posix"])
+def test_any_shell_will_do(project, shell):
+    """`sh test/train_full_1p.sh`, and a bash that plays sh: the launcher goes on in bash."""
+    if not shutil.which(shell.split()[0]):
+        pytest.skip(f"no {shell} here")
+    done = subprocess.run(
+        [*shell.split(), "test/train_full_1p.sh"], cwd=project, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Final" in done.stdout, done.stderr
+
+
+def test_nothing_that_bash_3_2_lacks(root):
+    """What came with bash 4 and later, or with one system only; macOS still ships 3.2."""
+    newer = (
+        r"BASHPID|EPOCH|mapfile|readarray|coproc|declare -A|local -n|wait -n|&>>|\|&|;&|\$\{\w+[\^,@]|\bnproc\b|\[-1\]"
+    )
+    scripts = [*root.glob("*.sh"), *root.glob("test/*.sh"), *root.glob("scripts/*.sh"), root / ".ci" / "run"]
+    found = [
+        f"{path.name}:{n}: {line}"
+        for path in scripts
+        for n, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(newer, line.split("  #")[0]) and not line.lstrip().startswith("#")
+    ]
+    assert not found, found
+
+
+def test_the_bar_of_progress_finds_the_terminal_behind_the_log(project):
+    """The launcher on a terminal of its own: its program's stderr is none, and yet the bar is on the terminal."""
+    (project / "train.py").write_text(
+        PROGRAM.replace(
+            'print("working"',
+            "from runtime.progress import progress\n"
+            "with progress(10, 'epoch 0', 'step') as bar:\n"
+            "    assert not sys.stderr.isatty() and not bar.disable\n"
+            "    time.sleep(0.2)\n"
+            "    bar.update(5)\n"
+            'print("working"',
+        )
+    )
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 80, 0, 0))
+    done = subprocess.run(
+        ["bash", "test/train_full_1p.sh"], cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=theirs
+    )
+    os.close(theirs)
+    shown = os.read(ours, 10000).decode()
+    os.close(ours)
+    assert done.returncode == 0, shown
+    assert "epoch 0:  50%" in shown and "<" in shown  # tqdm's time left
+    assert "epoch 0" not in next((project / "test" / "output").glob("*/rank_0.log")).read_text()
 
 
 def test_a_rank_that_failed_once_is_no_failure_where_torchrun_may_start_again(project):
@@ -333,6 +400,22 @@ def test_called_from_anywhere_paths_are_found_where_the_caller_stands(project, t
     assert run.option("data_path") == str(tmp_path / "here" / "faces")
     assert argv[argv.index("--pth-path") + 1] == str(tmp_path / "here" / "model.pth")
     assert run.option("data_mode") == "synthetic" and run.option("resume") == "not_there.pth"
+
+
+def test_a_folder_to_be_made_is_made_where_the_caller_stands(project, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.py").touch()
+    arguments = ("--run_dir=new run", "--work-path", "models", "--plugin=mine.py")
+    run = launch(project, "train_full_1p", *arguments, cwd=tmp_path / "here")
+    got = next((tmp_path / "here" / "new run").glob("got_*.json"))
+    argv = json.loads(got.read_text())["argv"]
+    assert run.status == 0 and argv[argv.index("--work-path") + 1] == str(tmp_path / "here" / "models")
+    assert f"--plugin={tmp_path / 'here' / 'mine.py'}" in argv
+
+
+def test_output_is_the_folder_of_everything(project):
+    run = launch(project, "train_full_1p", "--output=everything")
+    assert run.status == 0 and (project / "everything" / "log" / "rank_0.log").exists()
 
 
 def test_called_from_test_the_root_s_paths_hold(project):
@@ -468,5 +551,5 @@ def test_cann_s_environment_is_set_for_the_npu_only(project, cann, tmp_path, dev
 @pytest.mark.parametrize("script", LAUNCHERS)
 def test_a_launcher_is_a_handful_of_lines(root, script):
     text = (root / "test" / f"{script}.sh").read_text()
-    assert len(text.splitlines()) <= 6 and 'common.sh"\nlaunch ' in text
+    assert len(text.splitlines()) <= 7 and 'common.sh"\nlaunch ' in text
     assert os.access(root / "test" / f"{script}.sh", os.X_OK)
