@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import sys
 import threading
@@ -143,7 +142,7 @@ class Learner:
             config.seed,
             workers,
             config.strict_data,
-            pin_memory=self.device.kind != "cpu",
+            pin_memory=self.device.kind,
         )
         self.steps_per_epoch = len(self.loader) // config.accumulate
         if not self.steps_per_epoch:
@@ -808,7 +807,7 @@ def caught_signals():
 
 def loader_workers(device: Device, world: World) -> int:
     """Loader processes a rank: its share of the cores; on cpu, where they compete with the training, one."""
-    return 1 if device.kind == "cpu" else max(1, min(8, len(os.sched_getaffinity(0)) // world.local_size))
+    return 1 if device.kind == "cpu" else min(8, world.core_share())
 
 
 def lr_figure(rates: list, losses: list):

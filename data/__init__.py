@@ -60,7 +60,7 @@ def build_loader(
     seed: int = 0,
     num_workers: int = 0,
     strict: bool = False,
-    pin_memory: bool = False,
+    pin_memory: str = "",
 ):
     """A `data.loader.Loader` over one rank's share of a set: see there."""
     from data.loader import Loader  # loads torch, which the readers do without

@@ -6,6 +6,7 @@ as data, so that the user gets one line and not the trace of two processes.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import signal
 from collections.abc import Iterator
@@ -107,6 +108,7 @@ class Loader:
     """Iterates from the current position to the end of its epoch; `set_position` moves it, iterating does not.
 
     len(): steps per epoch, the same on every rank. damaged: images replaced so far, over all passes.
+    pin_memory: the kind of device ("cuda", "npu") that copies from pinned memory; "" or "cpu" pins nothing.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class Loader:
         seed: int = 0,
         num_workers: int = 0,
         strict: bool = False,
-        pin_memory: bool = False,
+        pin_memory: str = "",
     ):
         self.dataset = dataset
         self.damaged = 0
@@ -131,7 +133,7 @@ class Loader:
             collate_fn=_identity,
             num_workers=num_workers,
             worker_init_fn=_start_worker,
-            pin_memory=pin_memory,
+            **_pinning(pin_memory),
             persistent_workers=num_workers > 0,
             # each pass draws a seed for its workers: from a generator of its own, so that a pass begun in the middle
             # of an epoch leaves training's random numbers as they were
@@ -166,3 +168,17 @@ class Loader:
                     f"the last: {fetched.problems[-1]}: the data set needs repair"
                 )
             yield Batch(fetched.images_BHWC, fetched.labels_B, fetched.flip_B, len(fetched.problems))
+
+
+def _pinning(kind: str) -> dict:
+    """DataLoader's options. Before torch 2.7 it pins for CUDA alone unless it is told the device's name."""
+    options = {"pin_memory": kind not in ("", "cpu")}
+    takes_name = "pin_memory_device" in inspect.signature(DataLoader.__init__).parameters  # torch 1.12
+    if kind not in ("", "cpu", "cuda") and takes_name and _torch_version() < (2, 7):
+        options["pin_memory_device"] = kind
+    return options
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)

@@ -448,7 +448,7 @@ class Npu(_Accelerator):
         return torch.contiguous_format
 
     def set(self) -> None:
-        host.cores()  # counted before the device opens: some releases of CANN then bind the process to a part of them
+        host.allowed_cores()  # counted now: when the device opens, some releases of CANN bind the process to a part
         host.raise_open_files()
         super().set()
 

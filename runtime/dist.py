@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import socket
 import threading
 import time
 import uuid
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
+from runtime import host
 from runtime.device import Device, check_ranks
 from runtime.errors import DeviceError, RankError
 
@@ -108,6 +110,14 @@ class World:
         objects = [None] * self.size
         dist.all_gather_object(objects, obj, group=self.host_group)
         return objects
+
+    def core_share(self) -> int:
+        """How many cores this rank may fill, at least 1: each core that it may use, divided by the number of ranks on
+        this machine that may use it too. So ranks that a launcher has bound to cores of their own get those whole.
+        Every rank must call it."""
+        here, mine = socket.gethostname(), host.allowed_cores()
+        beside = [cores for machine, cores in self.all_gather_object((here, mine)) if machine == here]
+        return max(1, int(sum(1 / sum(core in cores for cores in beside) for core in mine)))
 
     def barrier(self) -> None:
         """Wait for all ranks on the host; a rank that does not come within the timeout is named on rank 0."""

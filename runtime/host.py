@@ -72,9 +72,12 @@ def memory_left() -> int:
 
 
 @functools.cache
-def cores() -> int:
-    """Cores that this process may use, as counted at the first call: a device that opens may take some away."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def allowed_cores() -> frozenset:
+    """Numbers of the cores that this process may use, as they were at the first call: a device that opens may take
+    some away."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
 
 
 def raise_open_files() -> None:
@@ -94,7 +97,7 @@ def cpu_name() -> str:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores()} cores"
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {len(allowed_cores())} cores"
 
 
 def _status(field: str) -> int:

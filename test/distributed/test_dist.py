@@ -45,6 +45,28 @@ def test_collectives(size):
         assert got["place"] == (rank, size, rank, size, rank == 0)
 
 
+@pytest.mark.parametrize(
+    "beside, share",
+    [
+        ([range(8)], 8),
+        ([range(8)] * 4, 2),  # four ranks that may all use the same cores
+        ([range(8), range(8, 16)], 8),  # bound by a launcher
+        ([range(8)] * 16, 1),
+        ([range(8), range(4)], 6),
+    ],
+)
+def test_a_ranks_share_of_the_cores(monkeypatch, beside, share):
+    everyone = [(socket.gethostname(), frozenset(cores)) for cores in beside] + [("another machine", frozenset())]
+
+    class Beside(World):
+        def all_gather_object(self, mine):
+            assert mine == everyone[0]
+            return everyone
+
+    monkeypatch.setattr(module.host, "allowed_cores", lambda: everyone[0][1])
+    assert Beside().core_share() == share
+
+
 def test_wrong_calls_say_what_is_wrong():
     for rank, said in enumerate(run_ranks(workers.wrong_calls, 2)):
         assert said == [

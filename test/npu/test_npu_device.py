@@ -135,6 +135,21 @@ def test_profiler_sees_a_step(npu):
     assert any("add_" in event.key for event in profile.key_averages())
 
 
+def test_cores_are_counted_before_the_device_opens(npu_python):
+    """Some releases of CANN bind the process to its share of the cores when the device opens (CPU_AFFINITY_CONF)."""
+    code = """
+import os
+from runtime.device import parse_device
+from runtime.dist import ALONE
+before = len(os.sched_getaffinity(0))
+parse_device("npu").set()
+after = len(os.sched_getaffinity(0))
+assert after == max(1, before // 2) and ALONE.core_share() == before, (before, after, ALONE.core_share())
+"""
+    done = npu_python("-c", code, NPU_SIM_AFFINITY="1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_layouts(npu):
     assert npu.layout("auto") == npu.layout("fastest") == npu.layout("contiguous") == torch.contiguous_format
     with pytest.raises(DeviceError, match="^--memory_format=channels_last: torch_npu has no such layout; leave"):

@@ -10,6 +10,7 @@ import torch
 from tiny_set import jpeg, make_tiny_set
 from workers_data import write_records
 
+import data.loader
 from data import build_loader, open_dataset
 from data.dataset import ImageDataset
 from data.recordio import RecordIOReader, pack
@@ -258,3 +259,27 @@ def test_synthetic_dataset():
     assert (one[0][0] != one[1][0]).any() and (one[0][0] != SyntheticDataset(1000, 7, size=20, seed=4)[0][0]).any()
     with pytest.raises(DataError, match="0 images in 7 classes"):
         SyntheticDataset(0, 7)
+
+
+@pytest.mark.parametrize(
+    "version, kind, pinned, named",
+    [
+        ("2.1.0", "npu", True, "npu"),
+        ("2.6.0+cpu", "npu", True, "npu"),
+        ("2.7.1", "npu", True, None),
+        ("2.1.0", "cuda", True, None),
+        ("2.1.0", "cpu", False, None),
+    ],
+)
+def test_memory_is_pinned_for_the_device_that_copies_from_it(monkeypatch, version, kind, pinned, named):
+    """Before 2.7 torch's loader pins for CUDA alone unless it is told the device's name, and says nothing."""
+    told = {}
+
+    class Told:
+        def __init__(self, *_, pin_memory_device=None, **options):
+            told.update(options, pin_memory_device=pin_memory_device)
+
+    monkeypatch.setattr(data.loader, "DataLoader", Told)
+    monkeypatch.setattr(torch, "__version__", version)
+    build_loader(Numbers(20), 4, pin_memory=kind)
+    assert (told["pin_memory"], told["pin_memory_device"]) == (pinned, named)
