@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
+from runtime.address import split_address
 from runtime.errors import ConfigError
 
 VERIFICATION_SETS = ("lfw", "cfp_fp", "cfp_ff", "agedb_30", "calfw", "cplfw", "vgg2_fp")
@@ -275,7 +276,7 @@ class Config:
     def as_dict(self) -> dict[str, Any]:
         """Plain values (tuples as lists), as checkpoints and metrics keep them: without the store's password."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return {**values, "fs_ugi": ""}
+        return {**values, "fs_ugi": "", "fs_name": split_address(self.fs_name).url}
 
 
 # Names of other projects' options that have no namesake of the same meaning here, and what to say instead.

@@ -14,20 +14,22 @@ import json
 import logging
 import posixpath
 import queue
-import re
 import shutil
 import threading
 import time
+import uuid
 from pathlib import Path
 
-from runtime.errors import CheckpointError
-from runtime.files import atomic_file
+from runtime.address import split_address, without_passwords
+from runtime.errors import CheckpointError, DamagedCheckpoint, printable
+from runtime.files import atomic_file, file_checksum
 
 log = logging.getLogger(__name__)
 
 MANIFEST = ".manifest.json"
 BLOCK_BYTES = 32 << 20  # a request's worth; also what a transfer holds in memory
 TIMEOUT_S = 60.0  # for a server to answer at all
+SILENCE_S = 180.0  # after which a store that does nothing is given up, whatever its client thinks
 LONGEST_WAIT_S = 60.0
 MOST_FILES = 100_000
 MOST_MANIFEST_BYTES = 64 << 20
@@ -45,14 +47,19 @@ class Store:
 
     def __init__(self, url: str, ugi: str = "", **options):
         protocol = url.split("://")[0] if "://" in url else "file"
-        name, _comma, self._secret = ugi.partition(",")
+        address = split_address(url)
+        name, _comma, password = ugi.partition(",")
+        name, self._secret = name or address.user, password or address.password
         given = zip(_CREDENTIALS.get(protocol, ()), (name, self._secret))
         options = {**{key: value for key, value in given if value}, **options}
-        self.url = re.sub(r"//[^/@]*@", "//", url).rstrip("/")
+        self.url = address.url.rstrip("/")
+        self.moved_at = time.monotonic()  # when the store last did something
         try:
             import fsspec
 
-            self._fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **options)
+            self._fs, root = fsspec.core.url_to_fs(
+                address.url, skip_instance_cache=True, use_listings_cache=False, **options
+            )
         except ImportError as error:
             package = _PACKAGES.get(protocol, "fsspec")
             raise CheckpointError(
@@ -67,8 +74,29 @@ class Store:
 
     def said(self, error) -> str:
         """An error's text as one line, without the password."""
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return text.replace(self._secret, "***") if self._secret else text
+        return printable(without_passwords(f"{type(error).__name__}: {error}"[:4000], self._secret))
+
+    def try_out(self, give_up_s: float = 30.0, first_wait_s: float = 1.0) -> None:
+        """Writes a small file there, reads it back and removes it, so that a wrong address or login is known now and
+        not after hours. Raises CheckpointError."""
+        name = f".tried-{uuid.uuid4().hex[:12]}"
+
+        def attempt():
+            if self._has_folders:
+                self._fs.makedirs(self._root, exist_ok=True)
+            self.send_text(name, name)
+            if self.read_text(name) != name:
+                raise _Damaged("it gives back other bytes than it was sent")
+            self.remove(name)
+
+        try:
+            _patiently(self, self.url, attempt, give_up_s, first_wait_s)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.url}: nothing can be kept there ({self.said(error)}): check the address and the login"
+            ) from None
 
     def list(self) -> dict:
         """Every file below the folder: relative path -> size in bytes. Raises CheckpointError for a hostile listing."""
@@ -79,6 +107,7 @@ class Store:
                 entries = self._fs.ls(folder, detail=True)
             except FileNotFoundError:
                 continue
+            self.moved_at = time.monotonic()
             for entry in entries:
                 name = entry["name"].rstrip("/")
                 if name.lstrip("/") == folder.lstrip("/"):
@@ -98,12 +127,12 @@ class Store:
         if self._has_folders:
             self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
         with open(source, "rb") as file, self._fs.open(target, "wb", block_size=BLOCK_BYTES) as out:
-            sent = _copy(file, out)
+            sent = self._copy(file, out)
         held = int(self._fs.info(target)["size"])
         if held != sent[0]:
             raise _Damaged(f"{relative}: {sent[0]} bytes sent, the store holds {held}")
         with self._fs.open(target, "rb", block_size=BLOCK_BYTES) as file:
-            if _copy(file) != sent:
+            if self._copy(file) != sent:
                 raise _Damaged(f"{relative}: the store gives back other bytes than it was sent")
         return sent
 
@@ -127,9 +156,27 @@ class Store:
         """Copies a file from there to `target`, whole or not at all."""
         with self._fs.open(posixpath.join(self._root, relative), "rb", block_size=BLOCK_BYTES) as file:
             with atomic_file(target, CheckpointError) as out:
-                got = _copy(file, out, at_most=size)
+                got = self._copy(file, out, at_most=size)
                 if got[0] != size or sha256 not in (None, got[1]):
                     raise _Damaged(f"{relative}: {got[0]} bytes of {size} arrived, or other ones than were saved")
+
+    def _copy(self, file, out=None, at_most: int = 1 << 62) -> tuple:
+        """(bytes, sha256) of what was read, and written to `out`."""
+        digest, count = hashlib.sha256(), 0
+        while count <= at_most:
+            try:
+                block = file.read(BLOCK_BYTES)
+            except OSError as error:
+                raise _Away(f"{type(error).__name__}: {error}") from error
+            self.moved_at = time.monotonic()
+            if not block:
+                break
+            digest.update(block)
+            count += len(block)
+            if out is not None:
+                out.write(block)
+                self.moved_at = time.monotonic()
+        return count, digest.hexdigest()
 
 
 class EmptyStore(CheckpointError):
@@ -140,25 +187,12 @@ class _Damaged(Exception):
     """Bytes changed on their way."""
 
 
+class _Hangs(Exception):
+    """A store that neither answers nor fails."""
+
+
 class _Away(Exception):
     """A read from a file failed. Not an OSError, which is what the local disk says when it refuses a write."""
-
-
-def _copy(file, out=None, at_most: int = 1 << 62) -> tuple:
-    """(bytes, sha256) of what was read, and written to `out`."""
-    digest, count = hashlib.sha256(), 0
-    while count <= at_most:
-        try:
-            block = file.read(BLOCK_BYTES)
-        except OSError as error:
-            raise _Away(f"{type(error).__name__}: {error}") from error
-        if not block:
-            break
-        digest.update(block)
-        count += len(block)
-        if out is not None:
-            out.write(block)
-    return count, digest.hexdigest()
 
 
 def _inside(name: str, root: str, url: str) -> str:
@@ -187,19 +221,22 @@ def _set_timeout(fs) -> None:
     session.mount("https://", Limited())
 
 
-def _patiently(store: Store, what: str, action, give_up_s: float, first_wait_s: float):
-    """action() until it succeeds; raises the last error when give_up_s have passed since the first failure.
+def _patiently(store: Store, what: str, action, give_up_s: float, first_wait_s: float, progress=lambda: 0):
+    """action() until it succeeds; raises the last error when give_up_s have passed since the first failure, or since
+    progress() last grew.
 
-    What no waiting cures (a refused login, a hostile listing, a full local disk) is raised at once, and damaged bytes
-    at their third time: a whole file went over the wire for each.
+    What no waiting cures (a refused login, a hostile listing, a full local disk, a store that does nothing at all for
+    SILENCE_S) is raised at once, and damaged bytes at their third time: a whole file went over the wire for each.
     """
-    wait_s, since, damaged = first_wait_s, None, 0
+    wait_s, since, damaged, got = first_wait_s, None, 0, progress()
     while True:
         try:
-            return action()
-        except (PermissionError, CheckpointError):
+            return _watched(store, action)
+        except (PermissionError, CheckpointError, _Hangs):
             raise
         except Exception as error:  # each protocol has its own classes for a store that is away
+            if progress() > got:
+                wait_s, since, got = first_wait_s, None, progress()
             since = since or time.monotonic()
             damaged += isinstance(error, _Damaged)
             if damaged == 3 or time.monotonic() + wait_s - since > give_up_s:
@@ -209,13 +246,37 @@ def _patiently(store: Store, what: str, action, give_up_s: float, first_wait_s: 
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
 
+def _watched(store: Store, action):
+    """action(), in a thread that is left behind when the store does nothing for SILENCE_S: most clients can wait for
+    ever, and nothing can interrupt them."""
+    answer: dict = {}
+
+    def run():
+        try:
+            answer["value"] = action()
+        except BaseException as error:  # handed to whoever waits
+            answer["error"] = error
+
+    store.moved_at = time.monotonic()
+    thread = threading.Thread(target=run, name="store", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(min(1.0, SILENCE_S / 4))
+        if thread.is_alive() and time.monotonic() - store.moved_at > SILENCE_S:
+            raise _Hangs(f"nothing came for {SILENCE_S:.0f} s")
+    if "error" in answer:
+        raise answer["error"]
+    return answer["value"]
+
+
 # --- up --------------------------------------------------------------------------------------------------------------
 
 
 class Uploader:
     """Uploads checkpoints one after another from a thread of its own.
 
-    give_up_s: how long the store may stay away before a checkpoint is left here, with a warning.
+    give_up_s: how long the store may stay away before a checkpoint is left here, with a warning. As a context it waits
+    for all uploads at its end, and raises CheckpointError where some did not get there.
     """
 
     def __init__(self, store: Store, give_up_s: float = 300.0, first_wait_s: float = 1.0):
@@ -228,12 +289,17 @@ class Uploader:
     def __enter__(self) -> Uploader:
         return self
 
-    def __exit__(self, *error) -> None:
-        self.close()
+    def __exit__(self, kind, error, trace) -> None:
+        left = self.close()
+        if left and kind is None:
+            raise CheckpointError(
+                f"{len(left)} checkpoint(s) did not reach {self._store.url} and are only here: "
+                f"{', '.join(map(str, left[-3:]))}"
+            )
 
-    def put(self, path) -> None:
-        """Uploads the checkpoint (file or directory) `path` when its turn comes; returns at once."""
-        self._queue.put(Path(path))
+    def put(self, path, step: int = -1) -> None:
+        """Uploads the checkpoint (file or directory) `path` of that step when its turn comes; returns at once."""
+        self._queue.put((Path(path), step, time.time()))
 
     def close(self) -> list:
         """Waits for all uploads; the paths that did not get there."""
@@ -242,9 +308,9 @@ class Uploader:
         return self._left
 
     def _run(self) -> None:
-        for path in iter(self._queue.get, None):
+        for path, step, when in iter(self._queue.get, None):
             try:
-                self._upload(path)
+                self._upload(path, step, when)
                 log.info("%s uploaded to %s", path, self._store.url)
             except Exception as error:
                 if not path.exists():
@@ -253,8 +319,8 @@ class Uploader:
                 self._left.append(path)
                 log.warning("%s stays here: not uploaded to %s (%s)", path, self._store.url, self._store.said(error))
 
-    def _upload(self, path: Path) -> None:
-        done = {}
+    def _upload(self, path: Path, step: int, when: float) -> None:
+        done: dict = {}
 
         def attempt():
             if not path.exists():
@@ -266,11 +332,12 @@ class Uploader:
                 relative = file.relative_to(path.parent).as_posix()
                 if relative not in done:
                     done[relative] = self._store.send(file, relative)
-            self._store.send_text(json.dumps({"files": done}), manifest)
-            if json.loads(self._store.read_text(manifest)) != {"files": {k: list(v) for k, v in done.items()}}:
+            text = json.dumps({"files": done, "step": step, "time": when})
+            self._store.send_text(text, manifest)
+            if self._store.read_text(manifest) != text:
                 raise _Damaged(f"{manifest}: the store gives back other bytes than it was sent")
 
-        _patiently(self._store, str(path), attempt, self._give_up_s, self._first_wait_s)
+        _patiently(self._store, str(path), attempt, self._give_up_s, self._first_wait_s, lambda: len(done))
 
 
 def _files(path: Path) -> list:
@@ -282,11 +349,13 @@ def _files(path: Path) -> list:
 # --- down ------------------------------------------------------------------------------------------------------------
 
 
-def download(store: Store, folder, give_up_s: float = 300.0, first_wait_s: float = 1.0) -> list:
-    """Brings every file of the store's folder into the local `folder`; the local paths.
+def download(store: Store, folder, give_up_s: float = 300.0, first_wait_s: float = 1.0) -> Path:
+    """Brings the newest whole checkpoint of the store's folder into the local `folder`; its path there.
 
-    Files that are here already, as they should be, are not fetched again. Raises CheckpointError if the store stays
-    away, holds nothing, has a hostile listing, or gives damaged files, and if the disk is too small.
+    The newest is the one of the highest step, and the last saved of those: names begin anew with each fresh disk. Where
+    nothing has a manifest (files that somebody put there), all of them come, and `folder` is returned. Files that are
+    here already, as they should be, are not fetched again. Raises CheckpointError if the store stays away, holds
+    nothing (EmptyStore) or nothing whole, has a hostile listing, or gives damaged files, and if the disk is too small.
     """
     folder = Path(folder)
 
@@ -296,40 +365,63 @@ def download(store: Store, folder, give_up_s: float = 300.0, first_wait_s: float
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(
+            kind = DamagedCheckpoint if isinstance(error, _Damaged) else CheckpointError
+            raise kind(
                 f"{store.url}: not downloaded ({store.said(error)}): check the address and the login, or try later"
             ) from None
 
+    def fetch(files: dict) -> None:
+        wanted = {name: entry for name, entry in files.items() if not _is_here(folder / name, *entry)}
+        need, free = sum(size for size, _sha256 in wanted.values()), shutil.disk_usage(folder).free
+        if need > free:
+            raise CheckpointError(f"{folder}: {need / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free: free space")
+        for name, (size, sha256) in wanted.items():
+            _make_folder((folder / name).parent, folder)
+            patiently(lambda name=name, size=size, sha256=sha256: store.receive(name, folder / name, size, sha256))
+
     sizes = patiently(store.list)
-    manifests = {name for name in sizes if name.endswith(MANIFEST)}
-    if not sizes.keys() - manifests:
+    if not sizes:
         raise EmptyStore(f"{store.url}: holds no files: check the address")
-    expected = {}
-    for name in sorted(manifests):
-        expected.update(_read_manifest(name, patiently(lambda name=name: store.read_text(name)), store.url))
     _make_folder(folder, folder)
-    wanted = {}
-    for name in sorted(sizes.keys() - manifests):
-        size, sha256 = expected.get(name, (sizes[name], None))
-        target = folder / name
-        if not _is_here(target, size, sha256):
-            wanted[name] = (target, size, sha256)
-    need, free = sum(size for _target, size, _sha256 in wanted.values()), shutil.disk_usage(folder).free
-    if need > free:
-        raise CheckpointError(f"{folder}: {need / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free: free space")
-    for name, (target, size, sha256) in wanted.items():
-        _make_folder(target.parent, folder)
-        patiently(lambda name=name, target=target, size=size, sha256=sha256: store.receive(name, target, size, sha256))
-    return [folder / name for name in sorted(sizes.keys() - manifests)]
+    manifests = {name for name in sizes if name.endswith(MANIFEST)}
+    if not manifests:
+        fetch({name: (size, None) for name, size in sizes.items()})
+        return folder
+    found, problems = [], []
+    for name in sorted(manifests):
+        try:
+            text = patiently(lambda name=name: store.read_text(name))
+            found.append((*_read_manifest(name, text, store.url, sizes), name[: -len(MANIFEST)]))
+        except DamagedCheckpoint as error:
+            log.warning("skipped %s", error)
+            problems.append(error)
+    for _step, _time, files, name in sorted(found, key=lambda one: (one[:2], one[3]), reverse=True):
+        try:
+            fetch(files)
+            return folder / name
+        except DamagedCheckpoint as error:
+            log.warning("skipped %s", error)
+            problems.append(error)
+    raise problems[0]
 
 
-def _read_manifest(name: str, text: str, url: str) -> dict:
+def _read_manifest(name: str, text: str, url: str, sizes: dict) -> tuple:
+    """(step, time, {file: (bytes, sha256)}) of a checkpoint that is whole there."""
     try:
-        files = json.loads(text)["files"]
-        read = {str(file): (int(size), str(sha256)) for file, (size, sha256) in files.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{url}: {name} is damaged: delete it there, or upload the checkpoint again") from error
-    return read
+        content = json.loads(text)
+        files = {str(file): (int(size), str(sha256)) for file, (size, sha256) in content["files"].items()}
+        step, when = int(content.get("step", -1)), float(content.get("time", 0))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise DamagedCheckpoint(f"{url}: {name} is damaged: delete it there, or upload the checkpoint again") from error
+    checkpoint = name[: -len(MANIFEST)]
+    for file, (size, _sha256) in files.items():
+        if sizes.get(file) != size or (file != checkpoint and not file.startswith(checkpoint + "/")):
+            raise DamagedCheckpoint(
+                f"{url}: {checkpoint} is not whole there ({file} is missing or of another size): upload it again"
+            )
+    if not files:
+        raise DamagedCheckpoint(f"{url}: {name} names no files: upload the checkpoint again")
+    return step, when, files
 
 
 def _is_here(path: Path, size: int, sha256) -> bool:
@@ -337,8 +429,7 @@ def _is_here(path: Path, size: int, sha256) -> bool:
         return False
     if sha256 is None:
         return True
-    with open(path, "rb") as file:
-        return _copy(file)[1] == sha256
+    return file_checksum(path) == sha256
 
 
 def _make_folder(path: Path, root: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from runtime.address import without_passwords
 from runtime.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
@@ -49,23 +50,27 @@ def run_command(main) -> None:
         print("error: interrupted", file=sys.stderr)
         status = 130
     except (UserError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {without_passwords(one_line(error))}", file=sys.stderr)
         status = 1
     sys.stdout.flush()
     sys.exit(status or 0)
 
 
 def command_line(secret: str = "") -> str:
-    """This process's command line for records, with `secret` (a store's password) struck out."""
-    words = [word.replace(secret, "***") if secret else word for word in sys.argv]
-    return shlex.join(["python", *words])
+    """This process's command line for records, with `secret` (a store's password) and those in addresses struck out."""
+    return shlex.join(["python", *(without_passwords(word, secret) for word in sys.argv)])
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record) -> str:
+        return without_passwords(super().format(record))
 
 
 def setup_logging(rank: int = 0, size: int = 1, level: int = logging.INFO, stream=None) -> None:
     """Plain lines on stderr; with several ranks each line begins with the rank, and others than 0 only warn."""
     prefix = f"[rank {rank}] " if size > 1 else ""
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    handler.setFormatter(_Formatter(prefix + "%(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level if rank == 0 else max(level, logging.WARNING))

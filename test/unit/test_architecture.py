@@ -18,7 +18,7 @@ SKIPPED = {".venv", "test", "benchmark", "build", "work_space"}
 BOTTOM: set = set()
 ALLOWED = {
     "runtime": BOTTOM,
-    "config": {"runtime.errors"},
+    "config": {"runtime.errors", "runtime.address"},
     "data": {"runtime.errors", "runtime.files"},
     "verify.protocol": {"runtime.errors"},
     "model": {"runtime"},

@@ -79,7 +79,8 @@ def test_an_empty_store_is_an_error_unless_a_new_start_is_asked_for(base):
 def test_a_store_that_stays_away_leaves_the_checkpoint_here(base, monkeypatch, caplog):
     monkeypatch.setattr(remote.Uploader.__init__, "__defaults__", (0.2, 0.05))
     learner = Learner(replace(base, fs_name="webhdfs://127.0.0.1:9", fs_dir_for_save="runs/one"))
-    learner.train()
+    with pytest.raises(CheckpointError, match="did not reach webhdfs://127.0.0.1:9/runs/one and are only here"):
+        learner.train()
     saved = list(learner.files.models.glob("*.pth"))
     assert len(saved) == 1
     assert f"{saved[0]} stays here: not uploaded to webhdfs://127.0.0.1:9/runs/one" in caplog.text

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import socket
+import threading
+import time
 
 import pytest
 from remote_stores import S3, WebHDFS, serve
@@ -71,8 +73,8 @@ def files_below(folder) -> dict:
 
 def upload(store, *paths, **options) -> list:
     uploader = remote.Uploader(store, first_wait_s=0.01, **options)
-    for path in paths:
-        uploader.put(path)
+    for step, path in enumerate(paths):
+        uploader.put(path, step)
     return uploader.close()
 
 
@@ -86,9 +88,12 @@ def download(store, folder, give_up_s=0.5):
 def there_and_back(store, tmp_path):
     file, folder = checkpoints(tmp_path)
     assert upload(store, file, folder) == []
-    found = download(store, tmp_path / "back")
-    assert files_below(tmp_path / "back") == files_below(tmp_path / "here")
-    assert sorted(found) == sorted(path for path in (tmp_path / "back").rglob("*") if path.is_file())
+    assert download(store, tmp_path / "back") == tmp_path / "back" / folder.name
+    here = files_below(tmp_path / "here")
+    assert files_below(tmp_path / "back") == {name: here[name] for name in here if name != file.name}
+    assert upload(store, folder, file) == []
+    assert download(store, tmp_path / "back") == tmp_path / "back" / file.name
+    assert files_below(tmp_path / "back") == here
 
 
 def test_webhdfs(hdfs, tmp_path):
@@ -129,7 +134,7 @@ def test_what_is_here_is_not_fetched_again(hdfs, tmp_path):
     download(hdfs_store(hdfs), tmp_path / "back")
     opened = {path for _method, path, query, _headers in hdfs.requests if query.get("op") == "OPEN"}
     assert {path.rsplit("/", 1)[1] for path in opened if not path.endswith(".json")} == {"rank_00000.bin"}
-    assert files_below(tmp_path / "back") == files_below(tmp_path / "here")
+    assert files_below(tmp_path / "back" / folder.name) == files_below(folder)
 
 
 def test_a_users_own_files_need_no_manifest(hdfs, tmp_path):
@@ -150,15 +155,15 @@ def test_a_store_that_fails_for_a_while_delays_the_upload(hdfs, tmp_path, refusa
     assert "again in" in caplog.text
     hdfs.refusals = refusals
     download(hdfs_store(hdfs), tmp_path / "back", give_up_s=30)
-    assert files_below(tmp_path / "back") == files_below(tmp_path / "here")
+    assert files_below(tmp_path / "back" / folder.name) == files_below(folder)
 
 
 def test_putting_returns_while_the_store_is_away(hdfs, tmp_path):
     file, _folder = checkpoints(tmp_path)
     hdfs.refusals = 10**9
     uploader = remote.Uploader(hdfs_store(hdfs), give_up_s=30, first_wait_s=0.01)
-    uploader.put(file)
-    uploader.put(file)
+    uploader.put(file, 1)
+    uploader.put(file, 2)
     assert hdfs.files == {}
     hdfs.refusals = 0
     assert uploader.close() == []
@@ -247,14 +252,14 @@ def test_a_store_that_loses_bytes_gets_no_manifest(hdfs, tmp_path, caplog):
 
 
 def test_bytes_damaged_in_the_store_are_found(hdfs, tmp_path):
-    file, folder = checkpoints(tmp_path)
-    upload(hdfs_store(hdfs), file, folder)
+    _file, folder = checkpoints(tmp_path)
+    upload(hdfs_store(hdfs), folder)
     path = f"/models/{folder.name}/rank_00000.bin"
     hdfs.files[path] = b"?" + hdfs.files[path][1:]
     with pytest.raises(CheckpointError, match="rank_00000.bin.*other ones than were saved"):
         download(hdfs_store(hdfs), tmp_path / "back")
     hdfs.files[path] = hdfs.files[path][:-1]
-    with pytest.raises(CheckpointError, match="rank_00000.bin: 1999 bytes of 2000"):
+    with pytest.raises(CheckpointError, match="000001-step_5 is not whole there"):
         download(hdfs_store(hdfs), tmp_path / "back")
     assert not (tmp_path / "back" / folder.name / "rank_00000.bin").exists()
     assert not list((tmp_path / "back").rglob("*.tmp"))
@@ -276,13 +281,98 @@ def test_names_that_lead_outside_are_refused(hdfs, tmp_path, name, kind):
 
 def test_a_manifest_cannot_name_files_that_the_listing_lacks(hdfs, tmp_path):
     hdfs.files["/models/a.pth"] = b"abc"
-    hdfs.files["/models/a.pth.manifest.json"] = json.dumps({"files": {"../evil": [3, "x"]}}).encode()
-    download(hdfs_store(hdfs), tmp_path / "in" / "back")
-    assert set(files_below(tmp_path)) == {"in/back/a.pth"}
-    for text in ("{", "[]", '{"files": 3}', '{"files": {"a.pth": 3}}', "[" * 100_000):
+    for files in ({"../evil": [3, "x"]}, {"b.pth": [3, "x"]}, {}):
+        hdfs.files["/models/a.pth.manifest.json"] = json.dumps({"files": files}).encode()
+        with pytest.raises(CheckpointError, match="is not whole there|names no files"):
+            download(hdfs_store(hdfs), tmp_path / "in" / "back")
+    for text in ("{", "[]", '{"files": 3}', '{"files": {"a.pth": 3}}', "[" * 100_000, '{"files": {}, "step": 1e999}'):
         hdfs.files["/models/a.pth.manifest.json"] = text.encode()
         with pytest.raises(CheckpointError, match="manifest.json is damaged"):
             download(hdfs_store(hdfs), tmp_path / "in" / "back")
+    assert files_below(tmp_path) == {}
+
+
+def test_the_newest_whole_one_alone_comes_down(hdfs, tmp_path, caplog):
+    """Each fresh disk numbers from the beginning: the step counts, then the time, and never the name."""
+    paths = {}
+    for name, step in [("000005-step_50", 50), ("000001-step_60", 60), ("000002-step_70", 70)]:
+        paths[step] = tmp_path / "here" / name
+        paths[step].mkdir(parents=True)
+        (paths[step] / "index.json").write_text(str(step) * 1000)
+        uploader = remote.Uploader(hdfs_store(hdfs))
+        uploader.put(paths[step], step)
+        assert uploader.close() == []
+    back = tmp_path / "back"
+    assert download(hdfs_store(hdfs), back) == back / "000002-step_70"
+    assert files_below(back) == {"000002-step_70/index.json": b"70" * 1000}
+    hdfs.files["/models/000002-step_70/index.json"] = b"?" * 2000  # damaged there
+    (back / "000002-step_70" / "index.json").unlink()
+    assert download(hdfs_store(hdfs), back) == back / "000001-step_60"
+    del hdfs.files["/models/000001-step_60/index.json"]  # and a manifest whose data is gone
+    assert download(hdfs_store(hdfs), back) == back / "000005-step_50"
+    del hdfs.files["/models/000005-step_50/index.json"]
+    with pytest.raises(CheckpointError, match="not whole there|other ones than were saved") as caught:
+        download(hdfs_store(hdfs), back)
+    assert not isinstance(caught.value, remote.EmptyStore)
+
+
+def test_a_store_is_tried_before_the_training(hdfs, tmp_path):
+    hdfs_store(hdfs, "new/folder").try_out()
+    assert hdfs.files == {}
+    with pytest.raises(CheckpointError, match="nothing can be kept there.*check the address and the login"):
+        hdfs_store(hdfs, ugi="name,wrong").try_out()
+    with pytest.raises(CheckpointError, match="webhdfs://127.0.0.1:9/a: nothing can be kept there"):
+        remote.Store("webhdfs://127.0.0.1:9/a").try_out(give_up_s=0)
+
+
+def test_a_run_whose_uploads_fail_does_not_end_well(hdfs, tmp_path):
+    file, folder = checkpoints(tmp_path)
+    hdfs.refusals = 10**9
+    with pytest.raises(CheckpointError, match=r"1 checkpoint\(s\) did not reach .* are only here: .*0.99817.pth"):
+        with remote.Uploader(hdfs_store(hdfs), 0.05, 0.01) as uploader:
+            uploader.put(file, 1)
+    with pytest.raises(KeyError):  # what ended the run is what is told
+        with remote.Uploader(hdfs_store(hdfs), 0.05, 0.01) as uploader:
+            uploader.put(file, 1)
+            raise KeyError
+
+
+def test_a_store_that_hangs_does_not_keep_the_process(tmp_path, monkeypatch, caplog):
+    """Not even where its client can wait for ever, and cannot be interrupted."""
+    monkeypatch.setattr(remote, "SILENCE_S", 0.2)
+    file, _folder = checkpoints(tmp_path)
+    store = remote.Store(f"file://{tmp_path}/store")
+    never = threading.Event()
+    monkeypatch.setattr(store._fs, "open", lambda *_args, **_options: never.wait())
+    assert upload(store, file, give_up_s=1000) == [file]
+    assert "nothing came for 0 s" in caplog.text
+    with pytest.raises(CheckpointError, match="nothing came"):
+        store.try_out()
+    monkeypatch.setattr(store._fs, "ls", lambda *_args, **_options: never.wait())
+    with pytest.raises(CheckpointError, match="not downloaded .*nothing came"):
+        download(store, tmp_path / "back", give_up_s=1000)
+    never.set()
+
+
+def test_an_upload_that_gets_on_is_not_given_up(hdfs, tmp_path):
+    """Each file comes after some failures that are, all together, longer than the patience with one."""
+    folder = tmp_path / "000001-step_5"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"rank_{number:05d}.bin").write_bytes(b"x" * 100)
+    store = hdfs_store(hdfs)
+    send, failures = store.send, []
+
+    def send_at_the_third_try(source, relative):
+        failures.append(relative)
+        if failures.count(relative) < 3:
+            time.sleep(0.1)
+            raise OSError("away")
+        return send(source, relative)
+
+    store.send = send_at_the_third_try
+    assert upload(store, folder, give_up_s=0.5) == []
+    assert len(failures) == 12
 
 
 def test_a_listing_without_end_is_refused(hdfs, tmp_path, monkeypatch):
