@@ -37,14 +37,15 @@ launch() {
 
     case " $* " in
     *" --help "* | *" -h "*) exec "$PYTHON" "$program" --help ;;
-    *" --recipe"*) ;;
+    *" --list_configs "*) exec "$PYTHON" "$program" --list_configs ;;
+    *" --recipe"* | *" --config"*) ;;
     *) [ -z "$recipe" ] || set -- "--recipe=$recipe" "--batch_size=$((batch_per_rank * ranks * nodes))" "$@" ;;
     esac
     find_paths "$@"
     set -- ${with_paths[@]+"${with_paths[@]}"}  # bash 4.3 takes an empty array for unset
     # Before anything starts: an option that does not exist, a device that is not there, more ranks than devices.
     local settings device_type device_id run_dir cores
-    settings=$("$PYTHON" -c "$READ_OPTIONS" "$program" "$@") || exit
+    settings=$("$PYTHON" -c "$READ_OPTIONS" "$program" $((ranks * nodes)) "$@") || exit
     { read -r device_type; read -r device_id; read -r cores; read -r run_dir; } <<<"$settings"
     set_npu_environment "$device_type"
     # Alone, and free to take what is there, a rank finds its device without being told.
@@ -83,15 +84,19 @@ launch() {
 
 # The options that a launcher itself acts on, one a line; ends with config.py's own line for a wrong one.
 READ_OPTIONS='
+import contextlib
+import io
 import sys
 import config
-from configs import RECIPES
-from runtime.host import cores
+import configs
+from runtime.host import allowed_cores
 from runtime.log import run_command
 
 def main():
-    options = config.parse_arguments(sys.argv[2:], training=sys.argv[1] == "train.py", recipes=RECIPES)
-    print(options.device_type, options.device_id, cores(), options.run_dir, sep="\n")
+    with contextlib.redirect_stderr(io.StringIO()):  # its notes come from the program itself
+        argv, recipes = configs.take_config(sys.argv[3:], int(sys.argv[2]))
+    options = config.parse_arguments(argv, training=sys.argv[1] == "train.py", recipes=recipes)
+    print(options.device_type, options.device_id, len(allowed_cores()), options.run_dir, sep="\n")
 
 run_command(main)
 '

@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python tools/prepare_data.py
 
 from data.images import channel_order_path
 from data.insightface import RecordIODataset

@@ -480,6 +480,68 @@ def test_the_project_s_environment_is_taken_before_the_system_s(project):
     assert launch(project, "train_full_1p", PYTHON="").got[0]["CANN_WAS_HERE"] == "venv"
 
 
+# --- quickstart.sh ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quickstart(project, root):
+    """A project in which nothing is left to install; what quickstart.sh starts says what it got."""
+    shutil.copy(root / "quickstart.sh", project)
+    (project / "scripts").mkdir()
+    shutil.copy(root / "scripts" / "environment.sh", project / "scripts")
+    (project / "requirements.txt").write_text("nothing\n")
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (project / ".venv" / "bin" / "python").chmod(0o755)
+    stamp = subprocess.run(["cksum", "requirements.txt"], cwd=project, capture_output=True, text=True).stdout
+    (project / ".venv" / "requirements.stamp").write_text(stamp)
+    for name in ("data/synthetic.py", "tools/contact_sheet.py"):
+        (project / name).parent.mkdir()
+        (project / name).write_text(f"import sys\nprint({name!r}, sys.argv[1:])\n")
+
+    def run(*arguments, cwd=project, shell="bash"):
+        return subprocess.run(
+            [shell, str(project / "quickstart.sh"), *arguments],
+            cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    run.project = project
+    return run
+
+
+def test_quickstart_makes_faces_and_runs_once(quickstart):
+    done = quickstart(shell="sh")
+    assert done.returncode == 0, done.stderr
+    assert "data/synthetic.py ['--output', 'data/synthetic_faces', '--seed', '0']" in done.stdout
+    assert "['--data_path=data/synthetic_faces', '--output=test/output/quickstart/contact_sheet.png']" in done.stdout
+    argv = json.loads((quickstart.project / "test/output/quickstart/got_0.json").read_text())["argv"]
+    for word in ("--recipe=quickstart", "--work_path=work_space/quickstart", "--resume=auto"):
+        assert word in argv
+    again = quickstart()
+    assert again.returncode == 0 and "trained before with these options" in again.stdout and "Final" in again.stdout
+
+
+@pytest.mark.parametrize("spelling", [["--data_path", "my faces"], ["--data-path=my faces"]])
+def test_quickstart_shows_the_faces_that_it_trains_on(quickstart, tmp_path, spelling):
+    """Given in either spelling, with a blank, from elsewhere, into a folder of the user's."""
+    (tmp_path / "here" / "my faces").mkdir(parents=True)
+    done = quickstart(*spelling, "--run_dir=out put", "--work_path=kept", cwd=tmp_path / "here")
+    assert done.returncode == 0, done.stderr
+    here = tmp_path / "here"
+    assert "data/synthetic.py" not in done.stdout
+    assert str([f"--data_path={here}/my faces", f"--output={here}/out put/contact_sheet.png"]) in done.stdout
+    argv = json.loads((here / "out put" / "got_0.json").read_text())["argv"]
+    assert f"--work_path={here}/kept" in argv and not any("work_space" in word for word in argv)
+    other = quickstart(*spelling, "--run_dir=out put", "--lr=0.5", cwd=here)
+    assert "trained before" not in other.stdout
+
+
+def test_quickstart_ends_on_a_wrong_option_before_anything_is_made(quickstart):
+    done = quickstart("--lr=much")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: argument --lr")
+    assert done.stderr.count("\n") == 1 and not (quickstart.project / "test" / "output").exists()
+
+
 # --- env_npu.sh ------------------------------------------------------------------------------------------------------
 
 
