@@ -30,10 +30,10 @@ def main():
     options = config.parse_arguments(["--recipe=quickstart", *sys.argv[1:]], recipes=RECIPES)
     ours = RECIPES["quickstart"]
     given = [v if v != getattr(ours, n) else "" for n, v in vars(options).items() if n in ("data_path", "work_path")]
-    print(options.data_mode, options.run_dir, *given, sep="\n")
+    print(options.run_dir, *given, options.data_mode, sep="\n")
 
 run_command(main)' "$@")
-{ read -r data_mode; read -r run; read -r data_path; read -r work_path; } <<<"$settings"
+{ read -r run; read -r data_path; read -r work_path; read -r data_mode; } <<<"$settings"
 
 name=quickstart
 [ $# -eq 0 ] || name=quickstart_$(printf '%s\n' "$@" | cksum | cut -d " " -f 1)

@@ -122,6 +122,8 @@ choose_python() {
 # that is yet to be made is made where the caller stood.
 find_paths() {
     local word option="" value
+    with_paths=("$@")
+    [ "$called_from" != "$PWD" ] || return 0
     with_paths=()
     for word in "$@"; do
         case "$word" in
