@@ -1,4 +1,4 @@
-"""The head's step, side by side: eager reference, chunked, Triton's kernels, the update inside, a plain Partial FC.
+"""The head's step, side by side: eager reference, chunked, Triton's kernels, a plain Partial FC.
 
     python -m benchmark.head [--device cpu] [--classes 1000000] [--batch_size 128] [--embedding_size 512]
     python -m benchmark.head --sweep [--device cuda --peer FOLDER_OF_ARCFACE_TORCH]
@@ -6,7 +6,7 @@
 Each case runs in a process of its own: seconds of a step (forward, backward and update of the centers; the best of
 --repeats after a warm-up; on a CPU the process's own seconds on all its threads beside the clock's, as a busy machine
 moves only the latter), and the peak memory above the state (centers and momentum). --sweep goes over classes and sample
-rates instead: a step's time should follow the drawn rows and not the classes; --peer runs arcface_torch's PartialFC_V2
+rates instead: a step's time should follow the sampled rows, not the classes; --peer runs arcface_torch's PartialFC_V2
 and its torch.optim.SGD beside (on cuda). Beside the cases stand the two ceilings, measured first in the same run: the
 rates of a large matrix product and of a copy, and each step's share of them by what `head.plan` counts. A case that
 needs more memory than there is now is left out, and says so. Every run writes a dated file with hardware and versions
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from head.head import MarginHead
 from head.margins import arcface
-from head.plan import Form, HeadPlan
+from head.plan import HeadPlan, StorageFormat
 from runtime.device import parse_device
 
 # A CPU's memory is given back when it is freed, so that the process's peak is what was in use.
@@ -38,14 +38,12 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 WAYS = {
     "reference": dict(op="reference"),
     "chunked": dict(op="chunked"),
-    "chunked, update inside": dict(op="chunked", update="backward"),
     "triton": dict(op="triton"),
-    "triton, update inside": dict(op="triton", update="backward"),
 }
 
 
 def ways_of(kind: str, sweep: bool, peer) -> list:
-    quickest = "triton, update inside" if kind == "cuda" else "chunked, update inside"
+    quickest = "triton" if kind == "cuda" else "chunked"
     if sweep:
         return [quickest, "plain Partial FC", *(["arcface_torch"] if peer else [])]
     return [way for way in WAYS if kind == "cuda" or not way.startswith("triton")]
@@ -57,21 +55,21 @@ class PlainPartialFC(torch.nn.Module):
     def __init__(self, classes, dim, sample_rate, momentum, device):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(classes, dim, device=device).mul_(0.01))
-        self.drawn = int(classes * sample_rate)
+        self.sampled = int(classes * sample_rate)
         self.optimizer = torch.optim.SGD([self.weight], lr=0.1, momentum=momentum, weight_decay=5e-4)
 
     def forward(self, emb_BD, label_B):
         weight_RD = self.weight
-        if self.drawn < self.weight.shape[0]:
+        if self.sampled < self.weight.shape[0]:
             order_C = torch.rand(self.weight.shape[0], device=emb_BD.device)
             order_C[label_B] = 2.0
-            index_R = torch.sort(torch.topk(order_C, self.drawn)[1])[0]
+            index_R = torch.sort(torch.topk(order_C, self.sampled)[1])[0]
             label_B = torch.searchsorted(index_R, label_B)
             weight_RD = self.weight[index_R]
         cos_BR = F.linear(F.normalize(emb_BD), F.normalize(weight_RD)).clamp(-1, 1)
         target_B = cos_BR.gather(1, label_B[:, None])[:, 0]
-        value_B, slope_B = arcface(target_B.detach())
-        value_B = value_B + slope_B * (target_B - target_B.detach())
+        value_B, derivative_B = arcface(target_B.detach())
+        value_B = value_B + derivative_B * (target_B - target_B.detach())
         return F.cross_entropy(64 * cos_BR.scatter(1, label_B[:, None], value_B[:, None]), label_B)
 
     def step(self):
@@ -107,7 +105,6 @@ def build(case, device):
     )
 
     def step(emb_BD, label_B):
-        head.set_lr(0.1)
         loss = head(emb_BD, label_B).loss
         loss.backward()
         head.step(0.1)
@@ -160,7 +157,7 @@ def ceilings(device) -> dict:
 
 
 def plan_of(case, device) -> HeadPlan:
-    form = Form(
+    form = StorageFormat(
         getattr(torch, case["dtype"]),
         getattr(torch, case["momentum_dtype"]) if case["momentum"] else None,
         case["momentum_on_host"],
@@ -172,7 +169,6 @@ def plan_of(case, device) -> HeadPlan:
         case["batch_size"],
         case["sample_rate"],
         form,
-        update=WAYS.get(case["way"], {}).get("update", "step"),
         device_type=device.kind,
     )
 
@@ -181,10 +177,10 @@ def needed(case, device) -> int:
     """Bytes that the case takes, about: to leave it out where they are not there."""
     plan = plan_of(case, device)
     if case["way"] == "reference":
-        return plan.device_state + 4 * plan.drawn * (5 * case["batch_size"] + 3 * case["embedding_size"])
+        return plan.device_state + 4 * plan.sampled * (5 * case["batch_size"] + 3 * case["embedding_size"])
     if case["way"] in ("plain Partial FC", "arcface_torch"):
         dense = 4 * (3 if case["momentum"] else 2) * case["classes"] * case["embedding_size"]
-        return dense + 4 * plan.drawn * (8 * case["batch_size"] + 4 * case["embedding_size"])
+        return dense + 4 * plan.sampled * (8 * case["batch_size"] + 4 * case["embedding_size"])
     return plan.device_bytes
 
 
@@ -226,7 +222,7 @@ def measure(case) -> dict:
         "bytes_above_state": device.max_memory_allocated() - before - state,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "drawn": plan.drawn,
+        "sampled": plan.sampled,
         "load_average": os.getloadavg()[0],
     }
 
@@ -253,7 +249,7 @@ def line(case, row) -> str:
     if "left_out" in row:
         return f"{name}  left out: {row['left_out']}"
     return (
-        f"{name}{row['drawn']:>12,}{row['seconds']:>10.3f}{row['cpu_seconds']:>10.3f}"
+        f"{name}{row['sampled']:>12,}{row['seconds']:>10.3f}{row['cpu_seconds']:>10.3f}"
         f"{row['state_bytes'] / 1e6:>11,.0f}{row['bytes_above_state'] / 1e6:>12,.0f}"
         f"{row['matmul_share']:>8.2f}{row['copy_share']:>6.2f}"
         f"{row['first_loss']:>10.4f}"
@@ -302,7 +298,7 @@ def main() -> None:
     rates = options.sample_rate or ([1.0, 0.1, 0.01] if options.sweep else [1.0])
     ways = ways_of(device.kind, options.sweep, options.peer)
     sys.stdout.write(
-        f"{'way':<24}{'classes':>12}{'rate':>7}{'drawn':>12}{'seconds':>10}{'cpu s':>10}{'state MB':>11}"
+        f"{'way':<24}{'classes':>12}{'rate':>7}{'sampled':>12}{'seconds':>10}{'cpu s':>10}{'state MB':>11}"
         f"{'above it MB':>12}{'matmul':>8}{'copy':>6}{'loss':>10}\n"
     )
     rows = []

@@ -35,8 +35,16 @@ def train(name: str, seed: int, dataset, device: Device, options) -> dict:
     device.seed(seed)
     backbone = create_model(options.net_mode, options.net_depth, options.embedding_size).to(device.torch)
     decay = optim.head_weight_decay(options.net_mode)
-    head = MarginHead(dataset.num_classes, options.embedding_size, seed=seed, weight_decay=decay, device=device.torch)
     precision = Precision(name, device, scaling=parse_loss_scale(options.loss_scale))
+    head = MarginHead(
+        dataset.num_classes,
+        options.embedding_size,
+        seed=seed,
+        weight_decay=decay,
+        device=device.torch,
+        operand=precision.policy.compute,
+        batch=options.batch_size,
+    )
     optimizer = precision.prepare(
         backbone,
         lambda groups: optim.make_sgd(groups, options.lr, 0.9, device),

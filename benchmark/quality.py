@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from head.head import MarginHead
-from head.plan import FORMS
+from head.plan import FORMATS
 from head.storage import bytes_per_row
 from runtime.device import parse_device
 from verify.protocol import evaluate_pairs
@@ -62,16 +62,16 @@ def form_options(form) -> dict:
 def make_rows() -> dict:
     """{row: what of `train` differs}. "head_lr" is a factor."""
     half = dict(dtype=torch.bfloat16, momentum_dtype=torch.bfloat16)
-    rows = {name: form_options(form) for name, form in FORMS.items()}
+    rows = {name: form_options(form) for name, form in FORMATS.items()}
     rows.update(
         {
             "bf16, no momentum, 10 x lr": dict(rows["bf16, no momentum"], head_lr=10.0),
             "fp32, no momentum": dict(momentum=0.0),
             "fp16 + fp32": dict(dtype=torch.float16),
             "bf16 to nearest + fp32 (control)": dict(dtype=torch.bfloat16, nearest=True),
-            "fp32 + fp32, rate 0.1, drawn": dict(sample_rate=0.1),
+            "fp32 + fp32, rate 0.1, sampled": dict(sample_rate=0.1),
             "fp32 + fp32, rate 0.1, all": dict(sample_rate=0.1, update_rows="all"),
-            "bf16 + bf16, rate 0.1, drawn": dict(half, sample_rate=0.1),
+            "bf16 + bf16, rate 0.1, sampled": dict(half, sample_rate=0.1),
             "bf16 + bf16, rate 0.1, all": dict(half, sample_rate=0.1, update_rows="all"),
         }
     )

@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from head.head import MarginHead
 from head.ops.chunked import chunk_rows
-from head.plan import FORMS, GIB, Collective, HeadPlan, Rates, parse_size
+from head.plan import FORMATS, GIB, Collective, HeadPlan, Rates, parse_size
 from runtime.device import parse_device
 from runtime.dist import open_world, wrap_data_parallel
 
@@ -153,7 +153,7 @@ def devices_table(base: HeadPlan, memory: float, host: float) -> str:
         f"| centers + momentum | {' | '.join(f'{classes:.0e}' for classes in CLASSES)} |",
         "| --- |" + " --- |" * len(CLASSES),
     ]
-    for name, form in FORMS.items():
+    for name, form in FORMATS.items():
         found = [fewest_devices(replace(base, form=form), classes, memory, host) for classes in CLASSES]
         lines.append(f"| {name} | {' | '.join('-' if n is None else str(n) for n in found)} |")
     return "\n".join(lines).replace("e+0", "e")
@@ -201,14 +201,14 @@ def counted():
 
 CASES = {
     "all rows": dict(classes=40_000, batch=32),
-    "a tenth drawn, bf16 + int8": dict(classes=200_000, batch=32, sample_rate=0.1, form="bf16 + int8"),
+    "a tenth sampled, bf16 + int8": dict(classes=200_000, batch=32, sample_rate=0.1, form="bf16 + int8"),
     "large batch, few classes": dict(classes=4_000, batch=128),
 }
 
 
 def plan_of(case: dict, ranks: int) -> HeadPlan:
     """The plan of a case on a CPU. case: classes, batch (of a rank), and what differs from HeadPlan's own values."""
-    given = dict(case, form=FORMS[case.get("form", "fp32 + fp32")])
+    given = dict(case, form=FORMATS[case.get("form", "fp32 + fp32")])
     return HeadPlan(world_size=ranks, device_type="cpu", operand_bytes=4, **given)
 
 
@@ -221,7 +221,6 @@ def make_step(world, plan: HeadPlan, net=None, margin="arcface"):
         margin=margin,
         world=world,
         sample_rate=plan.sample_rate,
-        update=plan.update,
         dtype=form.dtype,
         momentum_dtype=form.momentum_dtype or torch.float32,
         momentum=0.9 if form.momentum_dtype else 0.0,
@@ -235,7 +234,6 @@ def make_step(world, plan: HeadPlan, net=None, margin="arcface"):
         if net is not None:
             for parameter in net.parameters():
                 parameter.grad = None
-        head.set_lr(0.1)
         head.prepare(label_B)
         emb_BD = net(image_BD) if net is not None else image_BD.clone().requires_grad_()
         head(emb_BD, label_B).loss.backward()
@@ -301,7 +299,7 @@ PASSES = 11  # of the walk over a logit, without its products: scaled, compared,
 def measure_rates(world, plan: HeadPlan) -> dict:
     """What this machine gives a rank while all ranks work: the walk's products and passes, memory, gloo."""
     batch, dim = plan.global_batch, plan.embedding_size
-    rows = chunk_rows(batch, dim, "cpu", plan.drawn)
+    rows = chunk_rows(batch, dim, "cpu", plan.sampled)
     left_BD, right_RD, out_BR = torch.randn(batch, dim), torch.randn(rows, dim), torch.empty(batch, rows)
     sum_BD, grad_RD, scale_R = torch.zeros(batch, dim), torch.empty(rows, dim), torch.ones(rows)
 
@@ -376,7 +374,7 @@ def measure(world, case: dict, rounds: int) -> dict:
         "net": plan.batch * operations / best["operations"],
         "products": plan.operations / best["operations"],
         "memory": plan.device_traffic / best["memory"],
-        "passes": PASSES * plan.global_batch * plan.drawn / best["passes"],
+        "passes": PASSES * plan.global_batch * plan.sampled / best["passes"],
         "head_collectives": floor.head_network,
         "gradient": floor.backbone_network,
     }
@@ -396,7 +394,7 @@ def measure(world, case: dict, rounds: int) -> dict:
         "cpu_seconds": cpu_seconds,
         "predicted": predicted,
         "predicted_parts": parts,
-        "drawn": plan.drawn,
+        "sampled": plan.sampled,
         "load_average": os.getloadavg()[0],
     }
 
@@ -492,11 +490,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of a case; the best counts")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results"))
-    parser.add_argument("--form", choices=list(FORMS), default="bf16 + int8")
+    parser.add_argument("--form", choices=list(FORMATS), default="bf16 + int8")
     parser.add_argument("--embedding_size", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=128, help="images of one device")
     parser.add_argument("--sample_rate", type=float, default=0.1)
-    parser.add_argument("--update", choices=("step", "backward"), default="backward")
     parser.add_argument("--device_memory", default="139GiB")
     parser.add_argument("--reserve", default="16GiB", help="of it, for backbone and activations")
     parser.add_argument("--host_memory", default="112GiB", help="of one rank's share of its machine")
@@ -523,8 +520,7 @@ def main() -> None:
         1,
         options.batch_size,
         options.sample_rate,
-        FORMS[options.form],
-        update=options.update,
+        FORMATS[options.form],
     )
     sys.stdout.write(
         "\n\n".join(

@@ -191,7 +191,8 @@ class Step:
             lambda groups: make_sgd(groups, LR, MOMENTUM, device, form.sgd or "auto"),
             parameter_groups(net, case.net_mode, WEIGHT_DECAY),
         )
-        head = MarginHead(case.classes, EMBEDDING_SIZE, device=device.torch) if case.classes else None
+        options = dict(device=device.torch, operand=precision.policy.compute, batch=case.batch_size)
+        head = MarginHead(case.classes, EMBEDDING_SIZE, **options) if case.classes else None
         run = device.compiled(net) if form.static else net
 
         def take(images_BCHW, labels_B):

@@ -1,9 +1,9 @@
 """Margins: what a margin loss does to the cosine between an embedding and the center of its own class.
 
-Each is a scalar function with its slope, `margin(cos_B, ...) -> (value_B, slope_B)`: the loss takes `s * value` for the
-target's logit and `slope` for its derivative, so a margin needs neither the logits nor autograd. A slope that has no
-finite value (at |cos| = 1 the angle's derivative is infinite) is 0: there the embedding points straight at or away
-from its center, and the cosine's own gradient is zero.
+Each is a scalar function with its derivative, `margin(cos_B, ...) -> (value_B, derivative_B)`: the target's logit is
+`s * value`, so a margin needs neither the logits nor autograd. A derivative that has no finite value (at |cos| = 1 the
+angle's is infinite) is 0: there the embedding points straight at or away from its center, and the cosine's own gradient
+is zero.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def arcface(cos_B: torch.Tensor, m: float = 0.5) -> tuple:
     cos_B, sin_B = _cos_sin(cos_B)
     inside_B = cos_B > -math.cos(m)
     value_B = torch.where(inside_B, cos_B * math.cos(m) - sin_B * math.sin(m), cos_B - m * math.sin(m))
-    slope_B = torch.where(inside_B, math.cos(m) + math.sin(m) * cos_B / sin_B, torch.ones_like(cos_B))
-    return value_B, _finite(slope_B)
+    derivative_B = torch.where(inside_B, math.cos(m) + math.sin(m) * cos_B / sin_B, torch.ones_like(cos_B))
+    return value_B, _finite(derivative_B)
 
 
 def arcface_straight_through(cos_B: torch.Tensor, m: float = 0.5) -> tuple:
-    """cos(angle + m) with slope 1 at every angle, and no other branch beyond pi - m: insightface's arcface_torch."""
+    """cos(angle + m) with derivative 1 at every angle, and no other branch beyond pi - m: arcface_torch's."""
     cos_B, sin_B = _cos_sin(cos_B)
     return cos_B * math.cos(m) - sin_B * math.sin(m), torch.ones_like(cos_B)
 
@@ -48,7 +48,7 @@ def arcface_straight_through(cos_B: torch.Tensor, m: float = 0.5) -> tuple:
 def combined(cos_B: torch.Tensor, m1: float = 1.0, m2: float = 0.5, m3: float = 0.0) -> tuple:
     """cos(m1 * angle + m2) - m3 with its true derivative (arXiv 1801.07698, equation 4).
 
-    Beyond m1 * angle + m2 = pi it goes on with slope 1, as `arcface` does, which is the case (1, m, 0).
+    Beyond m1 * angle + m2 = pi it goes on with derivative 1, as `arcface` does, which is the case (1, m, 0).
     """
     cos_B, sin_B = _cos_sin(cos_B)
     turned_B = m1 * torch.acos(cos_B) + m2
@@ -56,22 +56,22 @@ def combined(cos_B: torch.Tensor, m1: float = 1.0, m2: float = 0.5, m3: float = 
     inside_B = cos_B > last_cos
     beyond_B = cos_B - last_cos - math.cos(m2) - m2 * math.sin(m2)
     value_B = torch.where(inside_B, torch.cos(turned_B), beyond_B) - m3
-    slope_B = torch.where(inside_B, m1 * torch.sin(turned_B) / sin_B, torch.ones_like(cos_B))
-    return value_B, _finite(slope_B)
+    derivative_B = torch.where(inside_B, m1 * torch.sin(turned_B) / sin_B, torch.ones_like(cos_B))
+    return value_B, _finite(derivative_B)
 
 
 def adaface(cos_B: torch.Tensor, quality_B: torch.Tensor, m: float = 0.4) -> tuple:
     """cos(angle - m * quality) - m * (1 + quality) (arXiv 2204.00964, equation 14).
 
     quality_B: -1 to 1, from `NormStatistics`: at 1 the margin is on the cosine, at -1 on the angle.
-    The turned angle stays within 0..pi; where it had to be cut off the slope is 0.
+    The turned angle stays within 0..pi; where it had to be cut off the derivative is 0.
     """
     cos_B, sin_B = _cos_sin(cos_B)
     turned_B = torch.acos(cos_B) - m * quality_B
     inside_B = (turned_B > 0) & (turned_B < math.pi)
     value_B = torch.cos(turned_B.clamp(0, math.pi)) - m * (1 + quality_B)
-    slope_B = torch.where(inside_B, torch.sin(turned_B) / sin_B, torch.zeros_like(cos_B))
-    return value_B, _finite(slope_B)
+    derivative_B = torch.where(inside_B, torch.sin(turned_B) / sin_B, torch.zeros_like(cos_B))
+    return value_B, _finite(derivative_B)
 
 
 class NormStatistics:
@@ -88,13 +88,10 @@ class NormStatistics:
         """Lengths of the whole batch, all ranks' -> quality_B within -1..1 (arXiv 2204.00964, equations 11 to 13)."""
         norm_B = norm_B.detach().clamp(0.001, 100)
         newest = torch.stack([norm_B.mean(), norm_B.std(unbiased=False)])
-        if self.mean_spread is None:
-            running = newest
-        else:
-            before = self.mean_spread.to(newest)
-            running = before + self.alpha * (newest - before)
-            # one damaged batch must not stay in the statistics for ever
-            running = torch.where(torch.isfinite(running), running, before)
+        before = torch.full_like(newest, float("nan")) if self.mean_spread is None else self.mean_spread.to(newest)
+        running = torch.where(torch.isfinite(before), before + self.alpha * (newest - before), newest)
+        # one damaged batch must not stay in the statistics for ever, be it the first
+        running = torch.where(torch.isfinite(running), running, before)
         if update:
             self.mean_spread = running
         mean, spread = running
@@ -142,5 +139,5 @@ def _cos_sin(cos_B):
     return cos_B, torch.sqrt((1 - cos_B) * (1 + cos_B))
 
 
-def _finite(slope_B):
-    return torch.where(torch.isfinite(slope_B), slope_B, torch.zeros_like(slope_B))
+def _finite(derivative_B):
+    return torch.where(torch.isfinite(derivative_B), derivative_B, torch.zeros_like(derivative_B))

@@ -3,12 +3,14 @@
     python -m head.plan --classes 100e6 --embedding_size 512 --world_size 1 --device_memory 139GiB \\
         --host_memory 112GiB --sample_rate 0.02
 
-prints every form of the state, what fits, and up to how many classes. `check` is for the trainer: it refuses what does
-not fit before anything is allocated.
+prints every storage format of the state, what fits, and up to how many classes. `check` is for the trainer: it refuses
+what does not fit before anything is allocated.
 
-The bytes are those that `Centers` and the chunked op allocate; the tests hold them to measured peaks. The floor counts
-what has to be done and no overhead: the matrix products at the device's rate, or its memory traffic, or the traffic
-over the host's link, whichever takes longest; the three overlap at best.
+The bytes are those that `Centers` and the chunked op allocate; tests hold them to measured peaks. Saving counts too: a
+.pth gathers every class in float32 on one host; a sharded checkpoint copies a rank's share to its host, or streams it
+from where it is, while the training waits, where the copy does not fit. The floor counts what has to be done and no
+overhead: the matrix products at the device's rate, or its memory traffic, or the traffic over the host's link (and, but
+for cuda's kernels, which address host memory themselves, through the host's memory), whichever takes longest.
 """
 
 from __future__ import annotations
@@ -23,9 +25,8 @@ from typing import NamedTuple
 
 import torch
 
-from head.centers import STEP_ROWS
 from head.ops.chunked import chunk_rows
-from head.sampler import Draw
+from head.sampler import ClassSampler
 from head.storage import bytes_per_row
 from runtime.errors import ModelError
 from runtime.log import run_command
@@ -37,7 +38,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Form:
+class StorageFormat:
     """How centers and momentum are stored. momentum_dtype None: no momentum."""
 
     dtype: torch.dtype
@@ -55,16 +56,16 @@ class Form:
 
 
 # From the most exact to the smallest; docs/scaling.md has what each costs in quality.
-FORMS = {
-    "fp32 + fp32": Form(torch.float32, torch.float32),
-    "fp32 + bf16": Form(torch.float32, torch.bfloat16),
-    "fp32 + int8": Form(torch.float32, torch.int8),
-    "bf16 + bf16": Form(torch.bfloat16, torch.bfloat16),
-    "bf16 + int8": Form(torch.bfloat16, torch.int8),
-    "bf16 + host fp32": Form(torch.bfloat16, torch.float32, momentum_on_host=True),
-    "bf16 + host bf16": Form(torch.bfloat16, torch.bfloat16, momentum_on_host=True),
-    "bf16 + host int8": Form(torch.bfloat16, torch.int8, momentum_on_host=True),
-    "bf16, no momentum": Form(torch.bfloat16, None),
+FORMATS = {
+    "fp32 + fp32": StorageFormat(torch.float32, torch.float32),
+    "fp32 + bf16": StorageFormat(torch.float32, torch.bfloat16),
+    "fp32 + int8": StorageFormat(torch.float32, torch.int8),
+    "bf16 + bf16": StorageFormat(torch.bfloat16, torch.bfloat16),
+    "bf16 + int8": StorageFormat(torch.bfloat16, torch.int8),
+    "bf16 + host fp32": StorageFormat(torch.bfloat16, torch.float32, momentum_on_host=True),
+    "bf16 + host bf16": StorageFormat(torch.bfloat16, torch.bfloat16, momentum_on_host=True),
+    "bf16 + host int8": StorageFormat(torch.bfloat16, torch.int8, momentum_on_host=True),
+    "bf16, no momentum": StorageFormat(torch.bfloat16, None),
 }
 
 
@@ -75,6 +76,7 @@ class Rates:
     operations: float = 790e12
     memory: float = 4.3e12
     host_link: float = 50e9
+    host_memory: float = 50e9
     network: float = 50e9
 
 
@@ -93,7 +95,8 @@ class Collective(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """One rank's share of a head. batch: images of one rank. update, update_rows: as `MarginHead` takes them.
+    """One rank's share of a head. batch: images of one rank in one forward pass, accumulate: how many of those make an
+    update. update_rows: as `MarginHead` takes it. checkpoint: "sharded" or "pth".
 
     operand_bytes: of an element of the matrix products' operands on the device (2: half precision policies)."""
 
@@ -102,11 +105,12 @@ class HeadPlan:
     world_size: int = 1
     batch: int = 128
     sample_rate: float = 1.0
-    form: Form = FORMS["fp32 + fp32"]
-    update: str = "backward"
-    update_rows: str = "drawn"
+    form: StorageFormat = FORMATS["fp32 + fp32"]
+    update_rows: str = "sampled"
     device_type: str = "cuda"
     operand_bytes: int = 2
+    accumulate: int = 1
+    checkpoint: str = "sharded"
 
     @property
     def rows(self) -> int:
@@ -118,9 +122,16 @@ class HeadPlan:
         return self.batch * self.world_size
 
     @property
-    def drawn(self) -> int:
-        """Rows that take part in a step."""
-        return Draw(self.rows, self.sample_rate, 0, 0).size(self.global_batch) if self.sample_rate < 1 else self.rows
+    def sampled(self) -> int:
+        """Rows that take part in a forward pass."""
+        if self.sample_rate == 1:
+            return self.rows
+        return ClassSampler(self.rows, self.sample_rate, 0, 0).size(self.global_batch)
+
+    @property
+    def moved(self) -> int:
+        """Rows that the second pass goes over, at most."""
+        return self.rows if self.update_rows == "all" else min(self.rows, self.accumulate * self.sampled)
 
     @property
     def _weight_row(self) -> int:
@@ -132,48 +143,51 @@ class HeadPlan:
 
     @property
     def device_state(self) -> int:
-        """Bytes that stay on the device."""
-        return self.rows * (self._weight_row + (0 if self.form.momentum_on_host else self._momentum_row))
+        """Bytes that stay on the device: weight, its inverse length, momentum."""
+        return self.rows * (self._weight_row + 4 + (0 if self._on_host else self._momentum_row))
+
+    @property
+    def _on_host(self) -> bool:
+        return self.form.momentum_on_host and self.device_type != "cpu"
 
     @property
     def host_state(self) -> int:
-        """Bytes in host memory: momentum, and the pinned copy in which a step's rows travel."""
-        return (self.rows + self.drawn) * self._momentum_row if self.form.momentum_on_host else 0
+        """Bytes in host memory: momentum, its chunks on their way, and the sampled rows' numbers."""
+        sample = 32 * self.sampled if self.sampled < self.rows else 0
+        if not self._on_host:
+            return sample
+        return (self.rows + 4 * self._chunk(self.accumulate)) * self._momentum_row + sample
+
+    def _chunk(self, parts: int) -> int:
+        return chunk_rows(parts * self.global_batch, self.embedding_size, self.device_type, self.moved)
 
     @property
     def device_step(self) -> int:
         """Most bytes that a step needs on the device beside the state."""
-        width, drawn, batch = self.embedding_size, self.drawn, self.global_batch
-        lasting = 4 * drawn  # inverse norms
-        if drawn < self.rows:
-            lasting += 8 * drawn  # the draw
-        if self.form.momentum_on_host:
-            lasting += drawn * self._momentum_row
-        chunk = chunk_rows(batch, width, self.device_type, drawn)
-        low = self.device_type != "cpu" and self.operand_bytes < 4
-        # two [B, chunk] buffers, the chunk as it is read, as an operand and in float32, its gradient
-        walk = chunk * (4 * 2 * batch + 4 * width * (3 if drawn < self.rows or low else 1))
-        walk += 6 * 4 * batch * width  # embeddings, unit rows, operands, gradient
-        arithmetic = self._arithmetic(min(chunk if self.update == "backward" else STEP_ROWS, drawn))
-        draw = 8 * 8 * drawn if drawn < self.rows else 0  # the permutation's integers, gone before the walk
-        if self.update == "backward":
-            return max(draw, lasting + walk + arithmetic)
-        gradient = 4 * drawn * width
-        step = arithmetic
-        if self.update_rows == "all" and drawn < self.rows:
-            step += 4 * self.rows * width
-        return max(draw, lasting + gradient + max(walk, step))
+        width, batch = self.embedding_size, self.global_batch
+        images, chunk = self.accumulate * batch, self._chunk(self.accumulate)
+        lasting = 4 * images * (width + 8)  # what first passes keep
+        if self.sampled < self.rows:
+            lasting += 8 * self.accumulate * self.sampled
+            if self.accumulate > 1 or self.update_rows == "all":
+                lasting += self.moved * (8 + self.accumulate)  # all together, and which was whose
+        gathered, low = self.moved < self.rows, self.device_type != "cpu" and self.operand_bytes < 4
+        # two [images, chunk] buffers, the chunk's gradient, and the chunk as it is read and as an operand
+        second = chunk * (4 * 2 * images + 4 * width * (3 if gathered or low else 1))
+        second += 2 * 4 * images * width + chunk * self._arithmetic
+        first = self._chunk(1) * (4 * 2 * batch + 4 * width * (2 if gathered or low else 0)) + 5 * 4 * batch * width
+        return lasting + max(first, second)
 
-    def _arithmetic(self, rows) -> int:
-        """Temporaries of SGD on some rows: float32 copies of what is not float32, the rounding's noise."""
-        copies = 0
-        gathered = self.drawn < self.rows
+    @property
+    def _arithmetic(self) -> int:
+        """Temporaries of SGD on a row: float32 copies of what is not float32, the rounding's noise."""
+        copies, gathered = 0, self.moved < self.rows
         for dtype in (self.form.dtype, self.form.momentum_dtype):
-            if dtype is None:
-                continue
-            copies += 1 if gathered or dtype != torch.float32 else 0
-            copies += 3 if dtype != torch.float32 else 0
-        return 4 * rows * self.embedding_size * copies
+            if dtype is not None and (gathered or dtype != torch.float32):
+                copies += 1 if dtype == torch.float32 else 4
+        if self._on_host:
+            copies += 3
+        return 4 * self.embedding_size * copies
 
     @property
     def device_bytes(self) -> int:
@@ -181,23 +195,18 @@ class HeadPlan:
 
     @property
     def operations(self) -> float:
-        """Of the matrix products: logits forward, again backward, two for the gradients."""
-        return 4 * 2.0 * self.global_batch * self.drawn * self.embedding_size
+        """Of the matrix products: two in the first pass, two in the second."""
+        return 4.0 * self.global_batch * (self.sampled + self.moved) * self.embedding_size
 
     @property
     def device_traffic(self) -> float:
-        """Bytes of device memory read and written in a step: rows twice, state read and written once more, gradient."""
-        rows = 2 * self._weight_row + self._weight_row + 2 * self._momentum_row
-        if self.update == "step":
-            rows += 2 * 4 * self.embedding_size
-        if self.update_rows == "all" and self.drawn < self.rows:
-            return self.drawn * rows + self.rows * 2 * (self._weight_row + self._momentum_row)
-        return self.drawn * float(rows)
+        """Bytes of device memory read and written in a step: rows twice, state read and written once more."""
+        return float(self.sampled * self._weight_row + self.moved * 2 * (self._weight_row + self._momentum_row))
 
     @property
     def host_traffic(self) -> float:
         """Bytes over the host's link in a step, each way."""
-        return float(self.drawn * self._momentum_row) if self.form.momentum_on_host else 0.0
+        return float(self.moved * self._momentum_row) if self._on_host else 0.0
 
     @property
     def collectives(self) -> tuple:
@@ -229,15 +238,32 @@ class HeadPlan:
                 self.operations / rates.operations,
                 self.device_traffic / rates.memory,
                 self.host_traffic / rates.host_link,
+                # collected into pinned memory and spread again: each row read and written twice
+                0.0 if self.device_type == "cuda" else 4 * self.host_traffic / rates.host_memory,
             )
             + self.network_traffic / rates.network
         )
 
+    @property
+    def save_bytes(self) -> int:
+        """Bytes in host memory without which it cannot be saved. (A sharded checkpoint can be streamed.)"""
+        if self.checkpoint != "pth":
+            return 0
+        tables = 1 if self.form.momentum_dtype is None else 2
+        return 4 * tables * self.classes * self.embedding_size
+
+    def copy_fits(self, host_memory: float) -> bool:
+        """Whether a sharded checkpoint can be copied to the host and written beside the training."""
+        state = self.rows * (self._weight_row + self._momentum_row)
+        beside = self.device_bytes if self.device_type == "cpu" else 0
+        return beside + self.host_state + state <= host_memory
+
     def fits(self, device_memory: float, host_memory: float) -> bool:
         """On a cpu both are the same memory."""
+        on_host = self.host_state + self.save_bytes
         if self.device_type == "cpu":
-            return self.device_bytes + self.host_state <= min(device_memory, host_memory)
-        return self.device_bytes <= device_memory and self.host_state <= host_memory
+            return self.device_bytes + on_host <= min(device_memory, host_memory)
+        return self.device_bytes <= device_memory and on_host <= host_memory
 
     def most_classes(self, device_memory: float, host_memory: float) -> int:
         """How many classes would fit, to three digits."""
@@ -253,15 +279,15 @@ class HeadPlan:
 
 
 def table(plan: HeadPlan, device_memory: float, host_memory: float, rates: Rates = Rates()) -> str:
-    """Every form of the state for that plan, as text. Memory in bytes, of one rank, for the head alone."""
+    """Every storage format of the state for that plan, as text. Memory in bytes, of one rank, for the head alone."""
     lines = [
         f"{plan.classes:,} classes x {plan.embedding_size} over {plan.world_size} ranks: {plan.rows:,} rows a rank, "
-        f"{plan.drawn:,} drawn a step (sample_rate {plan.sample_rate:g}), batch {plan.batch} a rank; "
+        f"{plan.sampled:,} sampled a step (sample_rate {plan.sample_rate:g}), batch {plan.batch} a rank; "
         f"for the head {device_memory / GIB:.1f} GiB on the device, {host_memory / GIB:.1f} GiB on the host",
         f"{'centers + momentum':<20}{'B/class':>8}{'state GiB':>11}{'step GiB':>10}{'host GiB':>10}{'fits':>6}"
         f"{'classes that fit':>18}{'memory GB/step':>16}{'link GB/step':>14}{'floor ms':>10}",
     ]
-    for name, form in FORMS.items():
+    for name, form in FORMATS.items():
         one = replace(plan, form=form)
         fits = one.fits(device_memory, host_memory)
         lines.append(
@@ -278,12 +304,17 @@ def check(plan: HeadPlan, device_memory: float, host_memory: float) -> None:
     if plan.fits(device_memory, host_memory):
         return
     logger.error("%s", table(plan, device_memory, host_memory))
-    fitting = [form for form in FORMS.values() if replace(plan, form=form).fits(device_memory, host_memory)]
+    if plan.checkpoint == "pth" and replace(plan, checkpoint="sharded").fits(device_memory, host_memory):
+        raise ModelError(
+            f"{plan.classes:,} class centers fit, but one .pth of them needs {plan.save_bytes / GIB:.1f} GiB of host "
+            f"memory ({max(0, host_memory - plan.host_state) / GIB:.1f} are there): use --checkpoint=sharded"
+        )
+    fitting = [form for form in FORMATS.values() if replace(plan, form=form).fits(device_memory, host_memory)]
     cure = f"{fitting[0].options} would fit" if fitting else "use more ranks, or a smaller sample_rate"
     raise ModelError(
         f"{plan.classes:,} class centers need {plan.device_bytes / GIB:.1f} GiB on the device "
-        f"({device_memory / GIB:.1f} are there for them) and {plan.host_state / GIB:.1f} GiB on the host "
-        f"({host_memory / GIB:.1f} are there): {cure}; python -m head.plan shows every choice"
+        f"({device_memory / GIB:.1f} are there for them) and {(plan.host_state + plan.save_bytes) / GIB:.1f} GiB on "
+        f"the host ({host_memory / GIB:.1f} are there): {cure}; python -m head.plan shows every choice"
     )
 
 
@@ -305,14 +336,15 @@ def main(argv=None) -> None:
     parser.add_argument("--world_size", type=int, default=1, help="ranks that share the classes")
     parser.add_argument("--batch_size", type=int, default=128, help="images of one rank")
     parser.add_argument("--sample_rate", type=float, default=1.0)
-    parser.add_argument("--update", choices=("step", "backward"), default="backward")
+    parser.add_argument("--accumulate", type=int, default=1, help="forward passes an update")
+    parser.add_argument("--checkpoint", choices=("sharded", "pth"), default="sharded")
     parser.add_argument("--device_memory", default="139GiB", help="of one device")
     parser.add_argument("--host_memory", default="112GiB", help="of one rank's share of its machine")
     parser.add_argument("--reserve", default="16GiB", help="device memory kept for backbone and activations")
     for name, value in vars(Rates()).items():
         parser.add_argument(f"--{name}_rate", type=float, default=value, help="a second, for the floor [%(default)g]")
     options = parser.parse_args(argv)
-    for name in ("world_size", "embedding_size", "batch_size"):
+    for name in ("world_size", "embedding_size", "batch_size", "accumulate"):
         if getattr(options, name) < 1:
             raise ModelError(f"--{name} {getattr(options, name)}: must be at least 1")
     if not max(2, options.world_size) <= options.classes < 2**40:
@@ -325,7 +357,8 @@ def main(argv=None) -> None:
         options.world_size,
         options.batch_size,
         options.sample_rate,
-        update=options.update,
+        accumulate=options.accumulate,
+        checkpoint=options.checkpoint,
     )
     rates = Rates(**{name: getattr(options, f"{name}_rate") for name in vars(Rates())})
     device_memory = parse_size(options.device_memory) - parse_size(options.reserve)

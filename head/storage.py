@@ -1,19 +1,21 @@
 """How rows of numbers are stored: class centers and their momentum, in less than float32 where that is wanted.
 
 A table gives rows in its work dtype (`read`), takes them back rounded (`write`), and lists the tensors that it is made
-of (`tensors`), for checkpoints. `where` is a slice or int64 row numbers.
+of (`tensors`), for checkpoints. `where` is a slice or int64 row numbers; keep, a 0-dim bool, is False where a write
+must change nothing, which the host does not know.
 
 Rounding to fewer bits is stochastic: an SGD step is mostly smaller than half the distance between two bfloat16 or int8
-values, and rounding to the nearest would lose every one of them. The noise is a hash of (key, global row, column): the
-same whatever the order of the walk, the number of ranks or the implementation.
+values, and rounding to the nearest would lose every one of them. The noise comes from a generator of the table's
+device, which the update seeds (`head.centers`): the same after a resume, and no arithmetic that some devices lack.
 """
 
 from __future__ import annotations
 
 import torch
 
+from head.ops import rows_of
+
 BLOCK = 128  # elements that share one scale in a byte table
-VELOCITY_NOISE = 0x5BD1E995  # tells the noise of a row's second table from the first's
 # mantissa bits of float32 that the type does not keep
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -27,11 +29,11 @@ class FloatTable:
     def read(self, where) -> torch.Tensor:
         return rows_of(self.data, where).to(self.work_dtype)
 
-    def write(self, where, rows_KW: torch.Tensor, noise: Noise) -> None:
+    def write(self, where, rows_KW: torch.Tensor, generator, keep=None) -> None:
         if self.data.dtype in DROPPED_BITS:
-            rows_KW = round_stochastically(rows_KW, self.data.dtype, noise.bits(rows_KW.shape[1]))
+            rows_KW = round_stochastically(rows_KW, self.data.dtype, noise_like(rows_KW, generator))
         if not (isinstance(where, slice) and self.data[where].data_ptr() == rows_KW.data_ptr()):
-            self.data[where] = rows_KW.to(self.data.dtype)
+            _put(self.data, where, rows_KW.to(self.data.dtype), keep)
 
     def tensors(self) -> dict:
         return {"": self.data}
@@ -48,17 +50,15 @@ class ByteTable:
         scale_KW = _spread(rows_of(self.scale, where), data_KW.shape[1])
         return data_KW.to(self.work_dtype).mul_(scale_KW)
 
-    def write(self, where, rows_KW: torch.Tensor, noise: Noise) -> None:
+    def write(self, where, rows_KW: torch.Tensor, generator, keep=None) -> None:
         width = rows_KW.shape[1]
-        blocks_KNB = _blocks(rows_KW)
-        scale_KN = blocks_KNB.abs().amax(2) / 127
+        scale_KN = _blocks(rows_KW).abs().amax(2) / 127
         inverse_KN = torch.where(scale_KN > 0, scale_KN.reciprocal(), torch.zeros_like(scale_KN))
         exact_KW = rows_KW * _spread(inverse_KN, width)
         # 23 bits of noise make a number below 1 that a float32 holds exactly
-        fraction_KW = (noise.bits(width) & (2**23 - 1)).to(rows_KW.dtype) * 2.0**-23
-        code_KW = exact_KW.add_(fraction_KW).floor_().clamp_(-127, 127).to(torch.int8)
-        self.data[where] = code_KW
-        self.scale[where] = scale_KN.to(self.scale.dtype)
+        fraction_KW = (noise_like(rows_KW, generator) & (2**23 - 1)).to(rows_KW.dtype) * 2.0**-23
+        _put(self.data, where, exact_KW.add_(fraction_KW).floor_().clamp_(-127, 127).to(torch.int8), keep)
+        _put(self.scale, where, scale_KN.to(self.scale.dtype), keep)
 
     def tensors(self) -> dict:
         return {"": self.data, "_scale": self.scale}
@@ -76,9 +76,11 @@ def make_table(rows: int, width: int, dtype: torch.dtype, work_dtype: torch.dtyp
     return FloatTable(zeros(width, dtype), work_dtype)
 
 
-def rows_of(data: torch.Tensor, where) -> torch.Tensor:
-    """data[where]: a view for a slice; for row numbers a copy, by the quicker of torch's two ways."""
-    return data[where] if isinstance(where, slice) else data.index_select(0, where)
+def table_of(tensors: dict, work_dtype: torch.dtype):
+    """The table that is made of these tensors."""
+    if "_scale" in tensors:
+        return ByteTable(tensors[""], tensors["_scale"], work_dtype)
+    return FloatTable(tensors[""], work_dtype)
 
 
 def bytes_per_row(width: int, dtype: torch.dtype | None) -> int:
@@ -90,47 +92,24 @@ def bytes_per_row(width: int, dtype: torch.dtype | None) -> int:
     return width * torch.empty(0, dtype=dtype).element_size()
 
 
-class Noise:
-    """Random bits for rows of a table: a function of the key, the row's global number and the column.
-
-    where: the rows, a slice or int64 numbers within this rank, whose first has the global number first_row."""
-
-    def __init__(self, key: int, where, first_row: int, device):
-        self.key, self.where, self.first_row, self.device = key, where, first_row, device
-
-    def other(self) -> Noise:
-        """Independent noise for a second table with the same rows."""
-        return Noise(self.key ^ VELOCITY_NOISE, self.where, self.first_row, self.device)
-
-    def bits(self, width: int) -> torch.Tensor:
-        """[K, width] int32."""
-        row_K = self.where
-        if isinstance(row_K, slice):
-            row_K = torch.arange(row_K.start, row_K.stop, device=self.device)
-        row_K = mix(mix(row_K + self.first_row) + mix(self.key))
-        column_W = mix(torch.arange(width, device=row_K.device) + 0x2545F491)
-        bits_KW = row_K.to(torch.int32)[:, None] + column_W.to(torch.int32)[None, :]
-        # int32 products wrap around, and >> copies the sign: both are fine for a hash
-        bits_KW.bitwise_xor_(bits_KW >> 15).mul_(0x2C1B3C6D)
-        bits_KW.bitwise_xor_(bits_KW >> 12).mul_(0x297A2D39)
-        return bits_KW.bitwise_xor_(bits_KW >> 15)
+def noise_like(rows: torch.Tensor, generator) -> torch.Tensor:
+    """31 random bits an element, int32."""
+    return torch.empty(rows.shape, dtype=torch.int32, device=rows.device).random_(generator=generator)
 
 
 def round_stochastically(rows: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor) -> torch.Tensor:
-    """float32 -> bfloat16 or float16, up or down with the probability that makes the mean exact.
+    """float32 -> bfloat16 or float16, up or down with the probability that makes the mean exact; nan stays nan.
 
     bits: int32, of the same shape. float16's subnormals (below 6e-5) go to the nearest."""
     below = (1 << DROPPED_BITS[dtype]) - 1
-    raised = rows.to(torch.float32).view(torch.int32) + (bits & below)
-    return (raised & ~below).view(torch.float32).to(dtype)
+    rows = rows.to(torch.float32)
+    raised = (rows.view(torch.int32) + (bits & below)) & ~below
+    # a nan of all ones would run over into -0
+    return torch.where(rows == rows, raised.view(torch.float32), rows).to(dtype)
 
 
-def mix(x):
-    """A 31-bit hash, of Python's integers or of int64 tensors."""
-    x = x & (2**32 - 1)
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & (2**32 - 1)
-    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & (2**32 - 1)
-    return (x ^ (x >> 16)) & (2**31 - 1)
+def _put(data, where, rows, keep):
+    data[where] = rows if keep is None else torch.where(keep, rows, data[where])
 
 
 def _blocks(rows_KW):

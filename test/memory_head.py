@@ -16,17 +16,16 @@ from head.head import MarginHead
 from runtime.device import Device
 
 
-def steps(classes, dim, batch, count=1, **kw):
+def steps(classes, dim, batch, accumulate=1, **kw):
     for name in ("dtype", "momentum_dtype"):
         if name in kw:
             kw[name] = getattr(torch, kw[name])
     head = MarginHead(classes, dim, **kw)
     emb_BD = torch.randn(batch, dim).requires_grad_()
     label_B = torch.randint(classes, (batch,))
-    for _ in range(count):
-        head.set_lr(0.1)
+    for _ in range(accumulate):
         head(emb_BD, label_B).loss.backward()
-        head.step(0.1)
+    head.step(0.1)
 
 
 def peak(case, device) -> int:

@@ -32,7 +32,6 @@ def train(world, steps=4, num_classes=23, size=12, dim=5, accumulate=1, labels=N
             image_BD, label_B = global_batch(step * accumulate + micro, num_classes, size, dim, labels)
             part = size // world.size
             mine = slice(world.rank * part, (world.rank + 1) * part)
-            head.set_lr(0.1)
             out = head(parallel(image_BD[mine]), label_B[mine])
             (out.loss / accumulate).backward()
             history.append((float(out.loss), int(out.correct), int(out.correct_top5)))
@@ -52,22 +51,21 @@ def train(world, steps=4, num_classes=23, size=12, dim=5, accumulate=1, labels=N
     }
 
 
-def draws(world):
+def samples(world):
     head = MarginHead(4000, 4, world=world, sample_rate=0.1)
     label_B = torch.tensor([5, 5]) if world.is_main else torch.tensor([3999, 7])
-    prepared = head._draw(label_B)
-    return head.centers.shard.start, prepared.index_R.tolist(), prepared.place_B.tolist()
+    sample = head._sample(label_B)
+    return head.centers.shard.start, sample.index_R.tolist(), sample.place_B.tolist()
 
 
-def bad_batch(world, update):
+def bad_batch(world):
     """One rank's embeddings are not finite; what moved, and what the ranks say."""
-    head = MarginHead(11, 4, world=world, update=update, dtype=torch.float64)
+    head = MarginHead(11, 4, world=world, dtype=torch.float64)
     before_RW = head.centers.weight.clone()
     emb_BD = torch.ones(3, 4, dtype=torch.float64) * (1 + world.rank)
     if world.rank == 1:
         emb_BD[1, 2] = float("inf")
     emb_BD.requires_grad_()
-    head.set_lr(0.1)
     head(emb_BD, torch.tensor([0, 5, 10])).loss.backward()
     found = world.all_reduce_(head.found_inf(), op="max")
     head.step(0.1, found_inf=found)

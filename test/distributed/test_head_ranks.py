@@ -38,7 +38,6 @@ CASES = {
     "softmax with bias": dict(margin="linear_softmax"),
     "filtered": dict(margin="cosface", interclass_filtering_threshold=0.2),
     "accumulated": dict(margin="arcface", accumulate=2),
-    "inside backward": dict(margin="arcface", update="backward"),
 }
 REPLICATED = ["arcface", "linear_softmax", "adaface"]
 # 23 classes do not divide by 3, and some ranks have no positive at all.
@@ -60,9 +59,9 @@ def two(checkpoint):
     """What two ranks do, all in one world: {name: [rank 0's result, rank 1's]}."""
     calls = {name: (workers_head.train, (), case) for name, case in CASES.items()}
     calls.update({f"replicated {m}": (workers_head.train, (), dict(margin=m, sharded=False)) for m in REPLICATED})
-    calls.update({f"bad batch, {u}": (workers_head.bad_batch, (u,), {}) for u in ("step", "backward")})
+    calls["bad batch"] = (workers_head.bad_batch, (), {})
     calls.update(
-        draws=(workers_head.draws, (), {}),
+        samples=(workers_head.samples, (), {}),
         save=(workers_head.train_and_save, (), {}),
         reload=(workers_head.reload, checkpoint, {}),
     )
@@ -97,8 +96,8 @@ def test_replicated_centers_are_averaged(two, margin):
     same(ranks, workers_head.train(ALONE, margin=margin))
 
 
-def test_draws_differ_between_ranks_and_hold_their_positives(two):
-    (first, index_0, place_0), (second, index_1, place_1) = two["draws"]
+def test_samples_differ_between_ranks_and_hold_their_positives(two):
+    (first, index_0, place_0), (second, index_1, place_1) = two["samples"]
     assert (first, second) == (0, 2000) and len(index_0) == len(index_1) == 200
     assert len(set(index_0) & set(index_1)) < 60  # 20 by chance
     # the global batch is 5, 5, 3999, 7
@@ -106,13 +105,9 @@ def test_draws_differ_between_ranks_and_hold_their_positives(two):
     assert [index_1[p] if p >= 0 else None for p in place_1] == [None, None, 1999, None]
 
 
-@pytest.mark.parametrize("update", ["step", "backward"])
-def test_a_bad_batch_on_one_rank_moves_no_rank(two, update):
-    (found_0, still_0, finite_0), (found_1, still_1, finite_1) = two[f"bad batch, {update}"]
-    assert still_0 and still_1 and not finite_1
-    # what was left out inside backward has to reach whoever looks at the backbone's gradients, on every rank
-    assert found_0 == found_1 == (1.0 if update == "step" else 0.0)
-    assert not finite_0 or update == "step"
+def test_a_bad_batch_on_one_rank_moves_no_rank(two):
+    (found_0, still_0, _), (found_1, still_1, finite_1) = two["bad batch"]
+    assert still_0 and still_1 and not finite_1 and found_0 == found_1 == 1.0
 
 
 def test_a_checkpoint_goes_to_any_number_of_ranks(two, three, checkpoint):
@@ -128,6 +123,5 @@ def test_what_cannot_be_shared():
     world = World(rank=0, size=4)
     with pytest.raises(ModelError, match="num_classes 3: needs at least 2, and as many as ranks share them \\(4\\)"):
         MarginHead(3, 8, world=world)
-    for kw in (dict(sample_rate=0.5), dict(update="backward")):
-        with pytest.raises(ModelError, match="need sharded centers"):
-            MarginHead(8, 8, world=world, sharded=False, **kw)
+    with pytest.raises(ModelError, match="sample_rate below 1 needs sharded centers"):
+        MarginHead(8, 8, world=world, sharded=False, sample_rate=0.5)

@@ -14,11 +14,11 @@ pytestmark = pytest.mark.core
 
 CASES = {
     "all rows": dict(classes=203, batch=6, embedding_size=12),
-    "drawn": dict(classes=503, batch=4, embedding_size=12, sample_rate=0.2, form="bf16 + int8", update="backward"),
-    "at the step": dict(classes=203, batch=5, embedding_size=7, update="step", form="bf16 + host bf16"),
+    "sampled": dict(classes=503, batch=4, embedding_size=12, sample_rate=0.2, form="bf16 + int8"),
+    "momentum on the host": dict(classes=203, batch=5, embedding_size=7, form="bf16 + host bf16"),
 }
 # AdaFace's norms are those of the gathered embeddings: no further word
-MARGINS = {"all rows": "arcface", "drawn": "adaface", "at the step": "cosface"}
+MARGINS = {"all rows": "arcface", "sampled": "adaface", "momentum on the host": "cosface"}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -77,6 +77,6 @@ def test_the_simulation_by_hand():
 
 def test_the_fewest_devices_hold_it():
     plan = HeadPlan(10**8, sample_rate=0.1)
-    devices = scaling.fewest_devices(plan, 10**8, 123 * 2**30, 0)
+    devices = scaling.fewest_devices(plan, 10**8, 123 * 2**30, 2**30)
     assert devices == 4  # 381 GiB of state: 95 on each, and with two 191 would be too much
     assert scaling.fewest_devices(plan, 10**9, 2**30, 0, most=64) is None

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from head_tools import loss_and_gradients, rows_gradient
 
 from head import margins
 from head.centers import Centers
-from head.ops import LossSpec, choose_op, chunked
+from head.ops import LossSpec, choose, chunked, find_op, margin_loss
+from head.ops.choose import choose_op
 from head.ops.reference import eager_loss
 from runtime.dist import ALONE
 from runtime.errors import ModelError
@@ -42,19 +48,19 @@ def problem(batch=6, classes=13, dim=7, dtype=torch.float64, seed=0):
     return emb_BD.to(dtype), weight_CD.to(dtype), label_B
 
 
-def make_rows(weight_CD):
-    centers = Centers(RowShard.of(weight_CD.shape[0]), weight_CD.shape[1], dtype=weight_CD.dtype)
+def make_rows(weight_CD, normalise=True):
+    centers = Centers(RowShard.of(weight_CD.shape[0]), weight_CD.shape[1], dtype=weight_CD.dtype, normalise=normalise)
     centers.weight.copy_(weight_CD)
+    centers.measure()
     return centers.rows()
 
 
 def run(op, emb_BD, weight_CD, label_B, grad_B=None, **spec):
     """(loss_B, d emb, d weight, result) for the sum of grad_B * loss_B."""
-    spec.setdefault("margin", MARGINS["arcface"])
-    rows, emb_BD = make_rows(weight_CD), emb_BD.detach().clone().requires_grad_()
-    result = choose_op(op, emb_BD.device).run(emb_BD, rows, label_B, LossSpec(**spec), ALONE)
-    result.loss_B.backward(torch.ones_like(result.loss_B) if grad_B is None else grad_B)
-    return result.loss_B.detach(), emb_BD.grad, rows.grad, result
+    spec = LossSpec(**{"margin": MARGINS["arcface"], **spec})
+    rows = make_rows(weight_CD, spec.normalise)
+    result, grad_BD, grad_CD = loss_and_gradients(find_op(op, emb_BD.device), emb_BD, rows, label_B, spec, grad_B)
+    return result.loss_B.detach(), grad_BD, grad_CD, result
 
 
 def naive(emb_BD, weight_CD, label_B, margin, s=64.0, normalise=True, filter_above=0.0, grad_B=None):
@@ -124,10 +130,10 @@ def test_gradcheck_of_the_specification(name):
 def test_gradcheck(op, name):
     emb_BD, weight_CD, label_B = problem(batch=3, classes=7, dim=4)
     spec = LossSpec(margin=MARGINS[name], s=4.0)
-    operator = choose_op(op, emb_BD.device)
+    operator = find_op(op, emb_BD.device)
 
-    def loss(emb_BD):
-        return operator.run(emb_BD, make_rows(weight_CD), label_B, spec, ALONE).loss_B
+    def loss(emb_BD, weight_CD=weight_CD):
+        return margin_loss(operator, emb_BD, make_rows(weight_CD), label_B, spec, ALONE, lambda kept: None).loss_B
 
     assert torch.autograd.gradcheck(loss, emb_BD.clone().requires_grad_(), eps=1e-6, atol=1e-8, rtol=1e-7)
 
@@ -139,7 +145,7 @@ def test_gradcheck(op, name):
             for step in (1e-6, -1e-6):
                 moved_CD = weight_CD.clone()
                 moved_CD.view(-1)[place] += step
-                values.append(operator.run(emb_BD, make_rows(moved_CD), label_B, spec, ALONE).loss_B.sum())
+                values.append(loss(emb_BD, moved_CD).sum())
             numeric_CD.view(-1)[place] = (values[0] - values[1]) / 2e-6
     assert (grad_CD - numeric_CD).abs().max() < 1e-8
 
@@ -175,22 +181,18 @@ def test_no_less_exact_than_eager_at_the_same_dtype(op, dtype, monkeypatch):
         monkeypatch.setattr(chunked, "operand_dtype", lambda wanted, device, dtype: wanted)
     if op == AS_ON_CUDA:
         monkeypatch.setattr(chunked, "_product", lambda a, b, out: out.copy_(a.float() @ b.float()))
-        monkeypatch.setattr(chunked, "_add_product", lambda a, b, out: out.add_(a.float() @ b.float()))
+        monkeypatch.setattr(chunked, "wide_products", lambda device: True)
     op = op.split(",")[0]
     if dtype != torch.float32 and not hasattr(torch, "autocast"):
         pytest.skip("torch 1.8 has no half precision softmax on a CPU to compare with")
     emb_BD, weight_CD, label_B = problem(batch=16, classes=203, dim=32, dtype=dtype)
     truth = naive(emb_BD.double(), weight_CD.double(), label_B, MARGINS["arcface"])
     careless = eager(emb_BD, weight_CD, label_B)
-    centers = Centers(RowShard.of(203), 32, dtype=dtype)
-    centers.weight.copy_(weight_CD)
-    rows, leaf_BD = centers.rows(), emb_BD.float().requires_grad_()
     spec = LossSpec(margin=MARGINS["arcface"], operand=dtype)
-    loss_B = choose_op(op, leaf_BD.device).run(leaf_BD, rows, label_B, spec, ALONE).loss_B
-    loss_B.sum().backward()
+    result, *grads = loss_and_gradients(find_op(op, emb_BD.device), emb_BD.float(), make_rows(weight_CD), label_B, spec)
     # float32: the same sums in another order; s * eps on the logits is the unit in the last place
     margin = {torch.float32: 64 * torch.finfo(torch.float32).eps}.get(dtype, 0.0)
-    for name, a, b, t in zip("loss emb centers".split(), (loss_B.detach(), leaf_BD.grad, rows.grad), careless, truth):
+    for name, a, b, t in zip("loss emb centers".split(), (result.loss_B.detach(), *grads), careless, truth):
         scale = t.abs().max()
         error, allowed = (a.double() - t).abs().max() / scale, (b.double() - t).abs().max() / scale
         assert error <= allowed + margin, (name, float(error), float(allowed))
@@ -255,8 +257,7 @@ def test_rows_of_zeros_get_no_gradient(op):
 def test_a_label_without_a_center_is_no_number(op):
     emb_BD, weight_CD, label_B = problem()
     label_B[2] = -1  # as if another rank held it, and there is none
-    rows = make_rows(weight_CD)
-    loss_B = choose_op(op, emb_BD.device).run(emb_BD, rows, label_B, LossSpec(MARGINS["arcface"]), ALONE).loss_B
+    loss_B = run(op, emb_BD, weight_CD, label_B)[0]
     assert torch.isnan(loss_B[2]) and torch.isfinite(loss_B[[0, 1, 3, 4, 5]]).all()
 
 
@@ -292,32 +293,42 @@ def test_autocast_does_not_reach_inside(op):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
-def test_two_backwards_through_one_forward_add_up():
+@pytest.mark.parametrize("op", OPS)
+def test_two_backwards_through_one_forward_add_up(op):
     emb_BD, weight_CD, label_B = problem()
-    once = run("chunked", emb_BD, weight_CD, label_B)
-    rows, leaf_BD = make_rows(weight_CD), emb_BD.clone().requires_grad_()
+    once = run(op, emb_BD, weight_CD, label_B)
+    rows, leaf_BD, kept, op = make_rows(weight_CD), emb_BD.clone().requires_grad_(), [], find_op(op, emb_BD.device)
     spec = LossSpec(MARGINS["arcface"])
-    loss_B = choose_op("chunked", leaf_BD.device).run(leaf_BD, rows, label_B, spec, ALONE).loss_B
+    loss_B = margin_loss(op, leaf_BD, rows, label_B, spec, ALONE, kept.append).loss_B
     for _ in range(3):
         loss_B.sum().backward(retain_graph=True)
-    assert (leaf_BD.grad - 3 * once[1]).abs().max() < 1e-12 and (rows.grad - 3 * once[2]).abs().max() < 1e-12
-    assert len(rows.centers.pending) == 1
+    assert len(kept) == 1 and (leaf_BD.grad - 3 * once[1]).abs().max() < 1e-12
+    assert (rows_gradient(op, kept[0], rows, spec) - 3 * once[2]).abs().max() < 1e-12
 
 
 def test_centers_that_moved_before_backward_are_refused():
     emb_BD, weight_CD, label_B = problem()
-    rows = make_rows(weight_CD)
-    emb_BD.requires_grad_()
-    loss_B = choose_op("chunked", emb_BD.device).run(emb_BD, rows, label_B, LossSpec(MARGINS["arcface"]), ALONE).loss_B
-    rows.centers.weight.add_(1)
+    rows, spec = make_rows(weight_CD), LossSpec(MARGINS["arcface"])
+    op = find_op("chunked", emb_BD.device)
+    loss_B = margin_loss(op, emb_BD.requires_grad_(), rows, label_B, spec, ALONE, lambda kept: None).loss_B
+    rows.weight_CW.add_(1)
     with pytest.raises(ModelError, match="updated between this forward and its backward"):
         loss_B.sum().backward()
+
+
+def test_evaluation_leaves_the_gradient_out(monkeypatch):
+    emb_BD, weight_CD, label_B = problem()
+    spec, op = LossSpec(MARGINS["arcface"]), find_op("chunked", emb_BD.device)
+    with torch.no_grad():
+        passed = op.first(emb_BD, make_rows(weight_CD), label_B, spec, ALONE, False)
+    assert passed.grad_BD is None and passed.kept is None
+    assert torch.equal(passed.loss_B, run("chunked", emb_BD, weight_CD, label_B)[0])
 
 
 def test_what_devices_round_operands_to(monkeypatch):
     cpu, device, low, full = torch.device("cpu"), torch.device("cuda"), torch.float16, torch.float32
     for wide, expected in ((False, full), (True, torch.bfloat16)):
-        monkeypatch.setattr(chunked, "_wide_products", lambda device, wide=wide: wide)
+        monkeypatch.setattr(chunked, "wide_products", lambda device, wide=wide: wide)
         assert chunked.operand_dtype(torch.bfloat16, device, full) == expected
         assert chunked.operand_dtype(low, device, full) == low
         assert chunked.operand_dtype(low, cpu, full) == full
@@ -326,7 +337,62 @@ def test_what_devices_round_operands_to(monkeypatch):
 
 def test_choosing_an_op():
     cpu = torch.device("cpu")
-    assert choose_op("auto", cpu).name == "chunked"
-    assert choose_op("reference", cpu).name == "reference"
+    assert find_op("reference", cpu).name == "reference"
     with pytest.raises(ModelError, match="head_op 'fast': choose from auto, .*chunked.*reference"):
-        choose_op("fast", cpu)
+        find_op("fast", cpu)
+
+
+def auto(monkeypatch, *ops):
+    """What auto takes of these."""
+    monkeypatch.setattr(choose, "candidates", lambda device: list(ops))
+    rows, spec = make_rows(problem(classes=400)[1].float()), LossSpec(MARGINS["arcface"])
+    op, trials = choose_op("auto", torch.device("cpu"), rows, spec, ALONE, 4)
+    return op.name, trials
+
+
+def test_auto_takes_the_quickest_that_agrees(monkeypatch):
+    good = find_op("chunked", torch.device("cpu"))
+
+    def slow(*args):
+        time.sleep(0.3)
+        return good.first(*args)
+
+    def wrong(*args):
+        passed = good.first(*args)
+        return passed._replace(grad_BD=passed.grad_BD * 1.1)
+
+    def broken(*args):
+        raise RuntimeError("out of\nresources")
+
+    slow, wrong, broken = (replace(good, name=f.__name__, first=f) for f in (slow, wrong, broken))
+    name, trials = auto(monkeypatch, slow, good, wrong, broken)
+    assert name == "chunked" and trials["chunked"]["seconds"] < trials["slow"]["seconds"]
+    assert trials["chunked"]["difference"] == 0 and trials["wrong"]["difference"] > 0.05
+    assert trials["broken"] == {"left_out": "RuntimeError: out of resources"}
+    assert auto(monkeypatch, slow, broken)[0] == "slow"
+    assert auto(monkeypatch, good) == ("chunked", {})
+    json.dumps(trials)
+
+
+# --- half operands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("products", ["in float32", "in float16"])
+def test_a_whole_batch_on_one_wrong_center_stays_in_range(products, monkeypatch):
+    """The largest sums that there can be: 4,096 images on one wrong center, by float16 operands."""
+    monkeypatch.setattr(chunked, "operand_dtype", lambda wanted, device, dtype: wanted)
+    if products == "in float32":
+        monkeypatch.setattr(chunked, "_product", lambda a, b, out: out.copy_(a.float() @ b.float()))
+        monkeypatch.setattr(chunked, "wide_products", lambda device: True)
+    generator = torch.Generator().manual_seed(0)
+    weight_CD = torch.randn(64, 16, generator=generator)
+    weight_CD[1:] -= weight_CD[1:] @ weight_CD[:1].T * weight_CD[:1] / weight_CD[0].square().sum()  # all others far off
+    emb_BD = weight_CD[:1].expand(4096, -1) * 100
+    label_B = torch.randint(1, 64, (4096,), generator=generator)
+    grad_B = torch.full((4096,), 65536.0)  # as a loss scale makes it
+    truth = run("chunked", emb_BD.double(), weight_CD.double(), label_B, grad_B.double())
+    mine = run("chunked", emb_BD, weight_CD, label_B, grad_B, operand=torch.float16)
+    # of the wrong center's gradient nearly all lies along its row and is projected out: the rounding of that stays
+    largest = (64.0, float(truth[1].abs().max()), 4096 * 65536.0 * 64 / float(weight_CD[0].norm()))
+    for a, b, size in zip(mine[:3], truth[:3], largest):
+        assert torch.isfinite(a).all() and (a - b).abs().max() <= 2.0**-9 * size
