@@ -106,15 +106,14 @@ class Config:
     )
     top5: bool = option(False, "count as well how often the right class is among the five best")
     head_op: str = option("auto", "implementation of the loss: auto, or one of head/ops by name")
-    head_update: str = option(
-        "step", "centers move after the backward pass, or inside it (no gradient of them exists)", ("step", "backward")
-    )
     head_lr_factor: float = option(
         1.0,
         "learning rate of the centers over the backbone's; 10 makes up for no momentum, 0 holds the centers still",
         low=0,
     )
-    update_rows: str = option("drawn", "with sample_rate < 1: which centers decay and keep moving", ("drawn", "all"))
+    update_rows: str = option(
+        "sampled", "sample_rate < 1: which centers decay and keep moving (drawn = sampled)", ("sampled", "all", "drawn")
+    )
     model_parallel: bool = option(True, "spread the class centers over the ranks; off: every rank holds all of them")
     centers_norm: float = option(
         1.0, "length of a class center before training; arcface_torch's is 0.2263", above=0, high=1e3
@@ -265,8 +264,6 @@ class Config:
             raise ConfigError("--max_iter 0: a number of steps, or -1 for the whole set")
         if self.loss_scale != "dynamic" and not _positive(self.loss_scale):
             raise ConfigError(f"--loss_scale {self.loss_scale}: give a positive number such as 128.0, or dynamic")
-        if self.head_update == "backward" and self.accumulate > 1:
-            raise ConfigError("--head_update=backward moves the centers in every backward pass: use --accumulate=1")
         if (self.fs_dir_for_save or self.fs_checkpoint_dir) and not self.fs_name:
             raise ConfigError("--fs_dir_for_save and --fs_checkpoint_dir are folders of a store: name it by --fs_name")
         if len(self.combined_margin) != 3:
@@ -334,6 +331,8 @@ ELSEWHERE = {
     "weights": _PLACE,
     "pretrained": _PLACE,
 }
+# Options of earlier versions of this program, and why they are gone.
+GONE = {"head_update": "the centers are always updated a chunk at a time, and no gradient of all of them exists"}
 _CONFIG_OF_ARCFACE_TORCH = re.compile(r"(.*/)?(base|(ms1mv[23]|glint360k|wf\d+m|3millions|casia)\w*)(\.py)?")
 
 
@@ -423,6 +422,8 @@ def _types() -> dict[str, Any]:
 
 def _unknown(name: str) -> str:
     plain = name.replace("-", "_")
+    if plain in GONE:
+        return f"--{name} is gone: {GONE[plain]}"
     if plain in ELSEWHERE:
         return f"--{name} is of another project; here it is {ELSEWHERE[plain]}"
     close = difflib.get_close_matches(plain, list(_types()), n=3, cutoff=0.5)

@@ -167,7 +167,8 @@ class Learner:
             op=config.head_op,
             sample_rate=config.sample_rate,
             update_rows=config.update_rows,
-            update=config.head_update,
+            operand=self.precision.policy.compute,
+            batch=config.batch_size // parts,
             interclass_filtering_threshold=config.interclass_filtering_threshold,
             seed=config.seed + config.is_finetune,  # not the head that the weights were trained with, before training
             top5=config.top5,
@@ -327,13 +328,11 @@ class Learner:
         class as the best, and, where that is counted, among the five best."""
         sums = 0
         for micro in range(self.config.accumulate):
-            images, labels = next(batches)
+            images, labels, labels_on_host = next(batches)
             last = micro == self.config.accumulate - 1
             # Ranks exchange gradients once an update, with the last micro-batch.
             exchange = nullcontext() if last or self.world.size == 1 else self.ddp.no_sync()
-            if self.config.head_update == "backward":
-                self.head.set_lr(lr * self.config.head_lr_factor, 1 / self.precision.loss_scale.value)
-            self.head.prepare(labels)
+            self.head.prepare(labels_on_host)
             with exchange:
                 with self.precision.autocast():
                     embeddings_BD = self.ddp(images)
@@ -360,13 +359,14 @@ class Learner:
         return self.head(embeddings_BD, labels).loss * self.precision.scale
 
     def _to_device(self, batch):
-        """A loader's Batch -> (images [B, 3, H, W] as the backbone wants them, labels [B]), on the device."""
+        """A loader's Batch -> (images [B, 3, H, W] as the backbone wants them, labels [B]), on the device; and the
+        labels where they are, in host memory, for the head's class sampler."""
         images, labels, flip = (
             tensor.to(self.device.torch, non_blocking=True)
             for tensor in (batch.images_BHWC, batch.labels_B, batch.flip_B)
         )
         images = transforms.to_input(images, flip, memory_format=self.memory_format)
-        return self.precision.cast_input(images), labels
+        return self.precision.cast_input(images), labels, batch.labels_B
 
     def _leave_if_asked(self, caught: dict) -> None:
         # Every rank must leave at the same step. Asking costs a wait for the device, so accelerators ask now and then.
@@ -516,6 +516,8 @@ class Learner:
                 head_op=self.head.op.name,
                 copy_beside_compute=self.device.kind != "cpu",
             )
+            if self.head.trials:
+                paths["head_op_trials"] = self.head.trials
         return paths
 
     def _state(self) -> dict[str, Any]:
@@ -640,7 +642,7 @@ class Learner:
         """Refuses a head that would not fit, before it is allocated. Beside it the device has to hold the backbone's
         gradients, momentum and masters, and what --memory_reserve asks for."""
         config = self.config
-        form = plan.Form(
+        form = plan.StorageFormat(
             DTYPES[config.centers_dtype],
             None if config.momentum_dtype == "none" or not config.momentum else DTYPES[config.momentum_dtype],
             config.momentum_on_host,
@@ -652,10 +654,11 @@ class Learner:
             config.batch_size // (self.world.size * config.accumulate),
             config.sample_rate,
             form,
-            config.head_update,
             config.update_rows,
             self.device.kind,
             torch.empty(0, dtype=self.precision.policy.compute).element_size(),
+            config.accumulate,
+            config.checkpoint,
         )
         backbone = 3 * 4 * sum(parameter.numel() for parameter in self.backbone.parameters())
         sharing = self.world.local_size

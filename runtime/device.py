@@ -621,7 +621,8 @@ def _handed_over(api, moved, done):
     current = api.current_stream()
     current.wait_event(done)
     for tensor in _tensors(moved):
-        tensor.record_stream(current)
+        if tensor.device.type != "cpu":
+            tensor.record_stream(current)
     return moved
 
 

@@ -139,7 +139,7 @@ def test_help_shows_choices_bounds_groups_and_examples(capsys):
     for part in (
         "one of ir, ir_se, mobilefacenet",
         "at least 0 and below 1",
-        "one of step, backward",
+        "one of sampled, all, drawn",
         *(f"{title}:" for title in config.GROUPS.values()),
         "examples: python train.py",
         "also -net",
@@ -167,3 +167,11 @@ def test_the_command_ends_with_one_line_and_a_status():
     assert done.returncode == 1
     line = "error: unknown option --batchsize: did you mean --batch_size, --eval_batch_size?"
     assert done.stderr.splitlines() == [line]
+
+
+def test_an_option_that_is_gone_says_why():
+    with pytest.raises(
+        config.ConfigError, match="--head_update is gone: the centers are always updated a chunk at a time"
+    ) as e:
+        config.parse_arguments(["--head_update=backward"])
+    assert "\n" not in str(e.value)
