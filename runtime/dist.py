@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -51,6 +53,7 @@ class World:
         if op not in _REDUCE:
             raise ValueError(f"op '{op}': choose from {', '.join(_REDUCE)}")
         if self.size > 1 and t.numel():  # gloo of torch 1.8 crashes on empty tensors
+            self._check_reducible(t.dtype)
             dist.all_reduce(t, op=_REDUCE[op](), group=self.group)
         return t
 
@@ -62,7 +65,7 @@ class World:
         out = t_BD.new_empty((self.size * t_BD.shape[0], *t_BD.shape[1:]))
         if out.numel() == 0:
             return out
-        gather = _one_tensor("all_gather_single", "all_gather_into_tensor")
+        gather = self._one_tensor("all_gather_single", "all_gather_into_tensor")
         if gather is not None:
             gather(out, t_BD, group=self.group)
         else:
@@ -89,10 +92,14 @@ class World:
         if t.shape[0] % self.size:
             raise ValueError(f"{t.shape[0]} rows do not divide among {self.size} ranks")
         rows = t.shape[0] // self.size
-        scatter = _one_tensor("reduce_scatter_single", "reduce_scatter_tensor")
-        if scatter is not None and self.device.type != "cpu":  # gloo has none in most versions of torch
-            out = t.new_empty((rows, *t.shape[1:]))
-            scatter(out, t.contiguous(), group=self.group)
+        self._check_reducible(t.dtype)
+        if self.device.type != "cpu":  # gloo has none in most versions of torch
+            out, t = t.new_empty((rows, *t.shape[1:])), t.contiguous()
+            scatter = self._one_tensor("reduce_scatter_single", "reduce_scatter_tensor")
+            if scatter is not None:
+                scatter(out, t, group=self.group)
+            else:
+                dist.reduce_scatter(out, list(t.chunk(self.size)), group=self.group)
             return out
         summed = self.all_reduce_(t.clone(memory_format=torch.contiguous_format))
         return summed[self.rank * rows : (self.rank + 1) * rows].clone()
@@ -110,6 +117,17 @@ class World:
         objects = [None] * self.size
         dist.all_gather_object(objects, obj, group=self.host_group)
         return objects
+
+    def _one_tensor(self, *names):
+        """torch's collective over one tensor under the newest name that it has; None before torch 1.13, and where
+        hccl documents none."""
+        if self.device.type == "npu" and self.size in (3, 5, 6, 7):
+            return None
+        return next((getattr(dist, name) for name in names if hasattr(dist, name)), None)
+
+    def _check_reducible(self, dtype: torch.dtype) -> None:
+        if self.device.type == "npu" and dtype in (torch.float64, torch.uint8):
+            raise DeviceError(f"hccl does not reduce {dtype}: convert to float32 or int32 before")
 
     def core_share(self) -> int:
         """How many cores this rank may fill, at least 1: each core that it may use, divided by the number of ranks on
@@ -133,11 +151,6 @@ class World:
 _REDUCE = {"sum": lambda: dist.ReduceOp.SUM, "max": lambda: dist.ReduceOp.MAX, "min": lambda: dist.ReduceOp.MIN}
 
 ALONE = World()
-
-
-def _one_tensor(*names):
-    """torch's collective over one tensor under the newest name that this torch has; None before torch 1.13."""
-    return next((getattr(dist, name) for name in names if hasattr(dist, name)), None)
 
 
 def world_env() -> dict:
@@ -174,10 +187,11 @@ def open_world(device: Device, timeout_s: float = 600, backend: str = "auto") ->
         yield World(device=device.torch)
         return
     timeout = timedelta(seconds=timeout_s)
+    groups_timeout = timedelta(seconds=_hccl_timeout(timeout_s)) if device.backend == "hccl" else timeout
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         store = _of_this_start(store, rank, size, timeout_s)
-        dist.init_process_group(device.backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(device.backend, store=store, rank=rank, world_size=size, timeout=groups_timeout)
         host_group = dist.group.WORLD if device.backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         world = World(**env, group=dist.group.WORLD, device=device.torch, host_group=host_group, timeout_s=timeout_s)
         # nccl and hccl connect at the first collective: what they have to complain of belongs here.
@@ -187,7 +201,8 @@ def open_world(device: Device, timeout_s: float = 600, backend: str = "auto") ->
             f"rank {env['rank']} found no world of {env['size']} ranks within {timeout_s:g} s "
             f"({error}): are all ranks started, and MASTER_ADDR and MASTER_PORT the same?"
         ) from error
-    roll = _Roll(store, rank, size)
+    # gloo's collectives fail by themselves where a rank is lost; the others' only wait
+    roll = _Roll(store, rank, size, silence_s=timeout_s / 2 if device.backend != "gloo" else math.inf)
     finished = False
     try:
         yield world
@@ -203,6 +218,15 @@ def open_world(device: Device, timeout_s: float = 600, backend: str = "auto") ->
         # nccl and hccl may wait there for collectives that never end; the process's own end cuts those off.
         if finished or device.backend == "gloo":
             dist.destroy_process_group()
+
+
+def _hccl_timeout(timeout_s: float) -> float:
+    """The group's timeout, which ends the process without naming anybody, and so has to be longer than the two that
+    HCCL keeps itself: for connecting, and for a collective on the device. They follow timeout_s where not set."""
+    # HCCL takes 120 and more seconds for the one, and older versions multiples of 68 for the other
+    connect = int(os.environ.setdefault("HCCL_CONNECT_TIMEOUT", str(max(120, int(timeout_s / 2)))))
+    execute = int(os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(68 * max(1, int(timeout_s / 68)))))
+    return max(timeout_s, connect, execute) + 60
 
 
 def _of_this_start(store, rank: int, size: int, timeout_s: float):
@@ -243,13 +267,18 @@ class _Roll:
     Every rank counts up a number of its own in the store once a second: one that stands still belongs to a dead or
     frozen process. A rank that leaves because of an error of its own leaves the reason, one whose collective failed
     signs that it waited. So there is a reason, or those who did not sign died (no heartbeat) or hang (heartbeat).
+
+    silence_s: nccl's and hccl's collectives do not fail where a rank is lost; they wait, until a watchdog ends the
+    process and says nothing of use. So rank 0 takes a rank whose heart stood still for so long for lost, and every
+    rank that hears of a reason and is not out of its collective soon after says it and ends.
     """
 
     BEAT_S = 1.0
     PATIENCE_S = 4.0  # for the others to notice the same, and for a heart to be missed
 
-    def __init__(self, store, rank, size):
-        self.store, self.rank, self.size = store, rank, size
+    def __init__(self, store, rank, size, silence_s: float = math.inf):
+        self.store, self.rank, self.size, self.silence_s = store, rank, size, silence_s
+        self._heard: dict[int, tuple] = {}  # rank: (its count, when it last grew)
         self._lock = threading.Lock()  # torch 1.8's store is not safe to use from two threads
         self._closed = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="rank's heartbeat", daemon=True)
@@ -263,8 +292,33 @@ class _Roll:
         try:
             while not self._closed.wait(self.BEAT_S):
                 self._count(f"beat/{self.rank}", 1)
-        except RuntimeError:
-            pass  # the store went away with the rank that kept it: the collectives report that
+                if self.silence_s < math.inf:
+                    self._end_if_lost()
+        except RuntimeError:  # the store went away with the rank that kept it
+            if self.silence_s < math.inf:
+                self._end("rank 0 died, and with it the store in which ranks meet")
+
+    def _end_if_lost(self) -> None:
+        if self.rank == 0 and not self._count("stopped"):
+            lost = [rank for rank in range(1, self.size) if self._silent(rank)]
+            if lost and self._count("stopped", 1) == 1:
+                self._say(f"rank {', '.join(map(str, lost))} died or froze: see its log")
+        if self._count("stopped"):
+            with self._lock:
+                reason = self.store.get("reason").decode()
+            self._end(reason)
+
+    def _silent(self, rank) -> bool:
+        count, now = self._count(f"beat/{rank}"), time.monotonic()
+        if self._heard.get(rank, (None,))[0] != count:
+            self._heard[rank] = count, now
+        return now - self._heard[rank][1] > self.silence_s
+
+    def _end(self, reason: str) -> None:
+        """Give the main thread time to leave by itself; else it waits in a collective, and the process ends here."""
+        if not self._closed.wait(2 * self.PATIENCE_S):
+            print(f"error: rank {self.rank} waits in vain: {reason}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def close(self):
         self._closed.set()
@@ -274,11 +328,14 @@ class _Roll:
         """Leave a reason for the others."""
         try:
             if self._count("stopped", 1) == 1:  # what the first has to say; the later ones may only follow from it
-                with self._lock:
-                    said = " ".join(str(error).split())[:500]
-                    self.store.set("reason", f"rank {self.rank} stopped: {type(error).__name__}: {said}")
+                said = " ".join(str(error).split())[:500]
+                self._say(f"rank {self.rank} stopped: {type(error).__name__}: {said}")
         except RuntimeError:
             pass  # as above
+
+    def _say(self, reason: str) -> None:
+        with self._lock:
+            self.store.set("reason", reason)
 
     def explain(self, error: BaseException) -> str:
         """Why a collective failed, in one line."""

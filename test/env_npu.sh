@@ -35,7 +35,7 @@ set_up_npu() {
     export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}  # the host prepares operators beside the device
     export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-2}
     export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
-    export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-600}  # seconds; ranks compile operators before they meet
+    # HCCL_CONNECT_TIMEOUT and HCCL_EXEC_TIMEOUT follow --dist_timeout, which has to be the longest: runtime/dist.py
     export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}
     # read by the torch_npu of torch 1.8
     export COMBINED_ENABLE=${COMBINED_ENABLE:-1}

@@ -133,7 +133,7 @@ def test_a_rank_that_dies_or_stops_is_named_by_the_others(kind, culprit, told, o
         run_ranks(workers.trouble, 3, kind, culprit, timeout=60, dist_timeout=30)
     assert own in answer(failed, culprit)
     for rank in {0, 1, 2} - {culprit}:
-        assert re.search(f"runtime.dist.RankError: {told}", answer(failed, rank))
+        assert re.search(f"runtime.errors.RankError: {told}", answer(failed, rank))
 
 
 @pytest.mark.parametrize("worker", [(workers.trouble, "hangs"), (workers.barrier_without_one,)])
@@ -142,7 +142,7 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(worker):
     with pytest.raises(RuntimeError) as failed:
         run_ranks(fn, 3, *arguments, 1, timeout=60, dist_timeout=2)
     for rank in (0, 2):
-        assert "runtime.dist.RankError: rank 1 hangs: see its log" in answer(failed, rank)
+        assert "runtime.errors.RankError: rank 1 hangs: see its log" in answer(failed, rank)
 
 
 def answer(failed, rank) -> str:

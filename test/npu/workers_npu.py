@@ -11,6 +11,7 @@ from torch import nn
 
 from runtime.device import Device, parse_device
 from runtime.dist import wrap_data_parallel
+from runtime.errors import DeviceError
 
 
 def over_hccl(world):
@@ -37,6 +38,17 @@ def collectives(world):
         "objects": world.all_gather_object({"rank": r}),
         "device": str(world.all_reduce_(mine(2)).device),
     }
+
+
+def not_reduced(world):
+    device, world = over_hccl(world)
+    said = []
+    for dtype, reduce in ((torch.float64, world.all_reduce_), (torch.uint8, world.reduce_scatter_rows)):
+        try:
+            reduce(torch.ones(2, dtype=dtype, device=device.torch))
+        except DeviceError as error:
+            said.append(str(error))
+    return said
 
 
 def host_tensor(world):
