@@ -42,9 +42,11 @@ FORMAT = "row-sharded checkpoint 2"
 OLD_FORMAT = "row-sharded checkpoint 1"  # raw numbers without torch's wrapping, CRC-32, an index without a checksum
 INDEX = "index.json"
 VALUES = "values.bin"
+MOST_INDEX_BYTES = 256 << 20  # that of a hundred million classes has 1 MiB
 # index.json is this, byte for byte, around what the checksum is of
 _AROUND = (b'{"sha256": "', b'", "index": ', b"}")
 PIECE_BYTES = 32 << 20
+MOST_RANKS = 99_999  # five digits in a file's name
 DTYPES = {
     str(dtype).split(".")[1]: (dtype, size)
     for dtype, size in {
@@ -190,8 +192,11 @@ def read_index(path) -> Index:
     """
     path = Path(path)
     try:
+        status = os.stat(path / INDEX)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_INDEX_BYTES:
+            raise ValueError(f"no plain file of at most {MOST_INDEX_BYTES >> 20} MiB")
         text, known = _checked_text((path / INDEX).read_bytes())
-        content = json.loads(text)
+        content = json.loads(text.decode())
         if content["format"] != known:
             raise ValueError(f"format {content['format']!r} is not known here")
         tensors = {name: _stored(name, entry) for name, entry in content["tensors"].items()}

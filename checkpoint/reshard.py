@@ -30,6 +30,8 @@ ROWS = "rows."
 
 def find(path) -> Path:
     """The checkpoint at `path`, which is one itself or a folder of them (then its newest whole one)."""
+    if not str(path):
+        raise CheckpointError("the path of the sharded checkpoint is empty: is a variable of your shell not set?")
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder: pass a sharded checkpoint or the folder of them")
@@ -52,8 +54,8 @@ def convert(source, folder, ranks: int, feature: str = "") -> Path:
     tables = [name for name in index.tensors if name.startswith(ROWS) and feature in name[len(ROWS) :]]
     if not tables:
         raise CheckpointError(f"{source}: no row table with {feature!r} in its name: leave the name out to take all")
-    if ranks < 1:
-        raise CheckpointError(f"{ranks} ranks: give 1 or more")
+    if not 1 <= ranks <= layout.MOST_RANKS:
+        raise CheckpointError(f"{ranks} ranks: give 1 to {layout.MOST_RANKS}")
     # A rank that is new has no generators; those of ranks that go are left out.
     local = (index.local + [None] * ranks)[:ranks]
     kept = {
@@ -106,6 +108,8 @@ def to_pth(source, path) -> None:
     in 8 bits stays out: it starts anew). Tables pass through files beside `path`, as large as themselves in float32,
     and never through memory.
     """
+    if not str(path):
+        raise CheckpointError("the path of the .pth to write is empty: is a variable of your shell not set?")
     source, path = Path(source), Path(path)
     index = layout.read_index(source)
     weight, momentum = index.tensors.get(ROWS + "weight"), index.tensors.get(ROWS + "momentum")

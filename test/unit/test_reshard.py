@@ -129,6 +129,17 @@ def test_the_command_names_what_is_missing(tmp_path):
 
 
 @needs_sharded
+def test_what_the_command_is_given_by_an_unset_variable(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(saved)  # an empty path is not the folder that the caller stands in
+    for arguments, what in (["", "a.pth"], "sharded checkpoint is empty"), ([str(saved), ""], ".pth to write is empty"):
+        with pytest.raises(CheckpointError, match=what):
+            reshard.main(arguments)
+    for ranks in (0, 10**6, 10**30):
+        with pytest.raises(CheckpointError, match=f"{ranks} ranks: give 1 to 99999"):
+            reshard.convert(saved, tmp_path / "out", ranks)
+
+
+@needs_sharded
 def test_export_as_pth(saved, tmp_path):
     reshard.to_pth(saved, tmp_path / "a.pth")
     state = store.load_pth(tmp_path / "a.pth")

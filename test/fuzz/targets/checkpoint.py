@@ -1,0 +1,126 @@
+"""Checkpoints: `.pth` files, sharded directories with their index, and a store's manifests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from run import target
+from targets.data import files_of, written
+
+CLASSES, WIDTH = 12, 3
+
+
+def _state() -> dict:
+    """Of every kind that a state holds, and small."""
+    notes = OrderedDict(a=torch.arange(6.0).reshape(2, 3), b=torch.ones(3, dtype=torch.float16), c=torch.tensor(5))
+    notes._metadata = {"": {"version": 2, "channel_order": "rgb"}}
+    return {
+        "model": notes,
+        "optimizer": {
+            "state": {"a": {"momentum_buffer": torch.ones(2, 3)}},
+            "groups": [{"lr": 0.1, "nesterov": False}],
+        },
+        "epoch": 3,
+        "config": {"lr": 1e-3, "milestones": [1, 2], "name": None, "bytes": b"\x00\xff"},
+        "meta": {"net_mode": "own", "channel_order": "rgb", "threshold": 1.5},
+    }
+
+
+def _pth_files() -> list:
+    def save(**options):
+        return lambda folder: torch.save(_state(), folder / "a.pth", **options)
+
+    return [written(save()), written(save(_use_new_zipfile_serialization=False))]
+
+
+@target(_pth_files)
+def pth(folder):
+    from checkpoint import store
+    from model import foreign
+
+    content = store.load_pth(folder / "a.pth")
+    try:
+        foreign.recognise(content, place="a.pth")
+    except store.CheckpointError as refused:
+        assert len(str(refused)) <= 300  # not a net's; reading it was what counts
+
+
+def _directories() -> list:
+    """A directory of today, whose index comes without its checksum (the target adds it), and one of the first."""
+    from checkpoint import layout, sharded
+    from runtime.shard import RowShard
+
+    rows = torch.arange(float(CLASSES * WIDTH)).reshape(CLASSES, WIDTH)
+    state = {key: value for key, value in _state().items() if key != "config"}
+
+    def today(folder):
+        with sharded.Saver(folder) as saver:
+            local = {"rng": torch.arange(4)}
+            saver.save("a", state, {"weight": (rows, RowShard.of(CLASSES))}, local)
+        index = folder / "000001-a" / "index.json"
+        index.write_text(json.dumps(json.loads(index.read_bytes())["index"]))
+
+    def first(folder):
+        today(folder)
+        path = folder / "000001-a"
+        content = json.loads((path / "index.json").read_bytes())
+        content["format"] = layout.OLD_FORMAT
+        for stored in content["tensors"].values():
+            for piece in stored["pieces"]:
+                data = (path / piece[2]).read_bytes()[piece[3] : piece[3] + piece[4]]
+                piece[5:] = [layout.zlib.crc32(data)]
+        (path / "index.json").write_text(json.dumps(content))
+
+    samples = []
+    for write in (today, first):
+        sample = written(write)
+        samples.append({name: sample[name] for name in sample if name.endswith((".bin", ".json"))})
+    return samples
+
+
+@target(_directories, weight=0.1)
+def sharded_directory(folder):
+    from checkpoint import layout, reshard, sharded
+    from runtime.files import checksum
+    from runtime.shard import RowShard
+
+    index = folder / "000001-a" / "index.json"
+    with contextlib.suppress(OSError):
+        if index.is_file() and not index.is_symlink() and index.stat().st_size < 1 << 20:
+            text = index.read_bytes()
+            if layout.OLD_FORMAT.encode() not in text:
+                index.write_bytes(b'{"sha256": "%s", "index": %s}' % (checksum(text).encode(), text))
+    rows = torch.zeros(CLASSES, WIDTH)
+    path = reshard.find(folder)
+    sharded.load(path, {"weight": (rows, RowShard.of(CLASSES))})
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        reshard.convert(path, out, 2)
+        reshard.to_pth(path, Path(out) / "a.pth")
+
+
+def _stores() -> list:
+    from checkpoint import remote
+
+    def write(folder):
+        for number in (1, 2):
+            path = folder / "here" / f"00000{number}-step_{number}"
+            path.mkdir(parents=True)
+            (path / "index.json").write_text("{}" * number)
+            uploader = remote.Uploader(remote.Store(str(folder / "store")))
+            uploader.put(path, number)
+            assert not uploader.close()
+
+    return [{name: data for name, data in written(write).items() if name.startswith("store/")}]
+
+
+@target(_stores)
+def manifest(folder):
+    from checkpoint import remote
+
+    path = remote.download(remote.Store(str(folder / "store")), folder / "back", 0.0, 0.01)
+    assert files_of(path)
