@@ -296,7 +296,7 @@ class InsightFace:
                 "score": round(float(score), 4),
                 "landmarks": np.round(points.astype(float), 1).tolist(),
                 "label": match.name,
-                "similarity": round(match.similarity, 4) if self._gallery else None,
+                "similarity": round(match.similarity, 4) if self._gallery is not None else None,
                 "candidates": [{"label": one.name, "similarity": round(one.similarity, 4)} for one in near],
             }
             for box, score, points, match, near in zip(*found.faces, found.people, found.candidates)

@@ -1,0 +1,266 @@
+"""Embedding on the CPU: ways to run one net, their latency, images/s and what each costs in accuracy.
+
+python benchmark/cpu_inference.py --threads 2 --output benchmark/results/DATE_cpu_inference.json
+python benchmark/cpu_inference.py --accuracy --model mobilefacenet_128.onnx --pairs lfw.bin
+
+Speed is measured on this project's nets with random weights (it does not depend on them), all ways in turn, round by
+round, so that other work on the machine meets each alike; the record holds the median round. Accuracy is that of a
+trained ONNX model on a pair set; for the ways of torch its graph is rebuilt in torch, operator by operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.pairs import load_pairs  # noqa: E402
+from model import create_model  # noqa: E402
+from verify.protocol import evaluate_pairs  # noqa: E402
+
+NETS = {"mobilefacenet": ("mobilefacenet", None), "ir_50": ("ir", 50)}
+
+
+def onnxruntime_session(path, threads):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class ReluPReLU(nn.Module):
+    """max(x, 0) - a max(-x, 0): the same numbers from operators that onnxruntime has fast kernels for."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone().view(-1, 1, 1))
+
+    def forward(self, x):
+        return F.relu(x) - self.weight * F.relu(-x)
+
+
+def with_relu(net):
+    for name, child in net.named_children():
+        setattr(net, name, ReluPReLU(child.weight)) if isinstance(child, nn.PReLU) else with_relu(child)
+    return net
+
+
+class GraphInTorch(nn.Module):
+    """An ONNX graph of Conv, Clip, Relu, Add and Reshape as a torch module."""
+
+    def __init__(self, path):
+        super().__init__()
+        import onnx
+
+        graph = onnx.load(path).graph
+        constants = {i.name: torch.tensor(onnx.numpy_helper.to_array(i)) for i in graph.initializer}
+        for node in graph.node:
+            if node.op_type == "Constant":
+                constants[node.output[0]] = torch.tensor(onnx.numpy_helper.to_array(node.attribute[0].t))
+        self.steps, self.convs = [], nn.ModuleList()
+        self.input, self.output = graph.input[0].name, graph.output[0].name
+        for node in graph.node:
+            options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            inputs = [name for name in node.input if name not in constants]
+            if node.op_type == "Conv":
+                weight, bias = (constants[name] for name in node.input[1:])
+                conv = nn.Conv2d(weight.shape[1] * options["group"], len(weight), weight.shape[2:], options["strides"],
+                                 options["pads"][:2], groups=options["group"])  # fmt: skip
+                conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+                step = len(self.convs)
+                self.convs.append(conv)
+            else:
+                bounds = [float(constants[name]) for name in node.input[1:]] if node.op_type == "Clip" else ()
+                step = (node.op_type, bounds)
+            self.steps.append((step, inputs, node.output[0]))
+        self.steps = [step for step in self.steps if step[1]]
+
+    def forward(self, x):
+        values = {self.input: x}
+        for step, inputs, output in self.steps:
+            x = [values[name] for name in inputs]
+            if isinstance(step, int):
+                values[output] = self.convs[step](x[0])
+            elif step[0] == "Add":
+                values[output] = x[0] + x[1]
+            elif step[0] == "Reshape":
+                values[output] = x[0].flatten(1)
+            else:
+                values[output] = F.relu(x[0]) if step[0] == "Relu" else x[0].clamp(*step[1])
+        return values[self.output]
+
+
+# --- the ways: each makes a function from float32 [B, 3, 112, 112] to float32 [B, D] ----------------------------------
+
+
+def torch_way(net, memory_format=torch.contiguous_format, dtype=torch.float32, compiled=False):
+    import copy
+
+    net = copy.deepcopy(net).eval().to(memory_format=memory_format, dtype=dtype)
+    run = torch.compile(net) if compiled else net
+
+    def embed(x_BCHW: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            x = torch.from_numpy(x_BCHW).to(dtype=dtype).contiguous(memory_format=memory_format)
+            return run(x).float().numpy()
+
+    return embed
+
+
+def onnx_way(path, threads):
+    session = onnxruntime_session(path, threads)
+    fixed = session.get_inputs()[0].shape[0]
+    name = session.get_inputs()[0].name
+
+    def embed(x_BCHW):
+        if isinstance(fixed, int):
+            return np.concatenate([session.run(None, {name: x[None]})[0] for x in x_BCHW])
+        return session.run(None, {name: x_BCHW})[0]
+
+    return embed
+
+
+def export(net, path, relu: bool):
+    import copy
+
+    net = copy.deepcopy(net).eval()
+    net = with_relu(net) if relu else net
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (torch.zeros(2, 3, 112, 112),), str(path), input_names=["x"], output_names=["y"],
+                          dynamic_axes={"x": {0: "n"}, "y": {0: "n"}}, opset_version=17, dynamo=False)  # fmt: skip
+    return path
+
+
+def quantised(path, target, calibration_BCHW):
+    """Static int8: weights by channel, activations by what they were on the calibration images."""
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = Path(target).with_suffix(".prepared.onnx")
+    quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+    name = onnx.load(prepared).graph.input[0].name
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.items = iter([{name: x[None]} for x in calibration_BCHW])
+
+        def get_next(self):
+            return next(self.items, None)
+
+    quantization.quantize_static(str(prepared), str(target), Reader(), per_channel=True,
+                                 quant_format=quantization.QuantFormat.QDQ,
+                                 activation_type=quantization.QuantType.QUInt8,
+                                 weight_type=quantization.QuantType.QInt8)  # fmt: skip
+    return target
+
+
+def ways(net, folder, threads, calibration_BCHW, onnx_path=None):
+    last = {"memory_format": torch.channels_last}
+    bf16 = {**last, "dtype": torch.bfloat16}
+    table = {
+        "torch fp32": lambda: torch_way(net),
+        "torch fp32 channels_last": lambda: torch_way(net, **last),
+        "torch fp32 compiled": lambda: torch_way(net, **last, compiled=True),
+        "torch bf16 channels_last": lambda: torch_way(net, **bf16),
+        "torch bf16 compiled": lambda: torch_way(net, **bf16, compiled=True),
+    }
+    if onnx_path is None:
+        table["onnxruntime fp32, PRelu"] = lambda: onnx_way(export(net, folder / "prelu.onnx", False), threads)
+        table["onnxruntime fp32"] = lambda: onnx_way(export(net, folder / "relu.onnx", True), threads)
+        source = folder / "relu.onnx"
+    else:
+        table["onnxruntime fp32"] = lambda: onnx_way(onnx_path, threads)
+        source = onnx_path
+    table["onnxruntime int8"] = lambda: onnx_way(quantised(source, folder / "int8.onnx", calibration_BCHW), threads)
+    return table
+
+
+def speed(args) -> list:
+    records = []
+    for net_name, (mode, depth) in NETS.items():
+        torch.manual_seed(0)
+        net = create_model(mode, depth, embedding_size=512).eval()
+        images = np.random.default_rng(0).uniform(-1, 1, (32, 3, 112, 112)).astype(np.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            made = {}
+            for name, make in ways(net, Path(folder), args.threads, images[:8]).items():
+                if args.only and not any(word in name for word in args.only.split(",")):
+                    continue
+                made[name] = make()
+                for batch in (1, 32):  # compiles, and warms up
+                    made[name](images[:batch])
+                print(f"{net_name}: {name} is ready", file=sys.stderr, flush=True)
+            times = {(name, batch): [] for name in made for batch in (1, 32)}
+            for _ in range(args.rounds):
+                for name, embed in made.items():
+                    for batch, repeat in ((1, 4), (32, 1)):
+                        for _ in range(repeat):
+                            began = time.perf_counter()
+                            embed(images[:batch])
+                            times[name, batch].append(time.perf_counter() - began)
+        for (name, batch), seconds in times.items():
+            middle = statistics.median(seconds)
+            records.append({"net": net_name, "way": name, "batch": batch, "latency_ms": round(1e3 * middle, 2),
+                            "images_per_second": round(batch / middle, 1)})  # fmt: skip
+            print(json.dumps(records[-1]), flush=True)
+    return records
+
+
+def accuracy(args) -> list:
+    images, issame = load_pairs(args.pairs)
+    x_BCHW = images[:].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    net, records = GraphInTorch(args.model).eval(), []
+    with tempfile.TemporaryDirectory() as folder:
+        # calibrated on the first hundred images, as on any faces at hand
+        for name, make in ways(net, Path(folder), args.threads, x_BCHW[:100], args.model).items():
+            embed = make()
+            emb = np.concatenate([embed(x_BCHW[i : i + 32]) for i in range(0, len(x_BCHW), 32)])
+            emb /= np.linalg.norm(emb, axis=1, keepdims=True)
+            result = evaluate_pairs(emb, issame)
+            if not records:
+                exact = emb
+            cosine = float((emb * exact).sum(1).min())
+            records.append({"way": name, "accuracy": round(result.accuracy, 5), "threshold": round(result.threshold, 3),
+                            "least_cosine_to_fp32": round(cosine, 5)})  # fmt: skip
+            print(json.dumps(records[-1]), flush=True)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="words, one of which a way's name must hold")
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--model", help="a trained ONNX model, for --accuracy")
+    parser.add_argument("--pairs", help="a verification set, for --accuracy")
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    records = accuracy(args) if args.accuracy else speed(args)
+    if args.output:
+        import onnxruntime
+
+        about = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "threads": args.threads,
+                 "machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+        Path(args.output).write_text(json.dumps({"about": about, "records": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

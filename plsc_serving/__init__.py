@@ -1,0 +1,1 @@
+"""PLSC's serving package by its own names: `from plsc_serving.run import PLSCServer`."""
