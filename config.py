@@ -23,7 +23,7 @@ from typing import Any, NoReturn, Optional
 from runtime.address import split_address
 from runtime.errors import ConfigError
 
-VERIFICATION_SETS = ("lfw", "cfp_fp", "cfp_ff", "agedb_30", "calfw", "cplfw", "vgg2_fp")
+VERIFICATION_SETS = ("lfw", "cfp_fp", "cfp_ff", "agedb_30", "calfw", "cplfw", "vgg2_fp", "synthetic")
 
 
 def option(
@@ -145,7 +145,7 @@ class Config:
     num_workers: int = option(
         -1, "loader processes a rank; -1 = the rank's share of the cores, at most 8", low=-1, high=512, old=("-w",)
     )
-    val_targets: tuple[str, ...] = option(("lfw",), "verification sets, by name", old=("--eval_data_mode",))
+    val_targets: tuple[str, ...] = option(("lfw", "synthetic"), "verification sets, by name", old=("--eval_data_mode",))
     with_test: bool = option(True, "verify after every epoch, and once before training")
     flip_sum: bool = option(False, "verify on the sum of an image's and its mirror's embeddings", old=("-tta",))
     eval_batch_size: int = option(128, "images a rank embeds at a time", low=1, high=2**20, old=("--test_batch_size",))

@@ -410,7 +410,8 @@ class Learner:
             return {}
         root = Path(self.config.data_path)
         found = pairs.find_pair_sets(root if root.is_dir() else root.parent, self.config.val_targets)
-        for name in self.config.val_targets:
+        by_default = self.config.val_targets == Config().val_targets and found  # which of them, the data decides
+        for name in () if by_default else self.config.val_targets:
             if name not in found:
                 logger.warning("%s has no verification set '%s'", root, name)
         return found

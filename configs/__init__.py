@@ -23,7 +23,7 @@ performance_8p = replace(full_8p, epochs=2, max_iter=1000)
 # A new head on a given backbone (`--pth_path`).
 finetune_1p = replace(full_1p, is_finetune=True)
 
-# Two CPU cores, four minutes: the drawn faces of `python -m data.synthetic`, 1,600 images of 40 people.
+# Two CPU cores, four minutes: the synthetic faces of `python -m data.synthetic`, 1,600 images of 40 people.
 quickstart = replace(
     full_1p,
     net_mode="mobilefacenet",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from data.dataset import ImageDataset, settle_classes
-from data.images import inside
+from data.dataset import ImageDataset, parse_class, settle_classes
+from data.images import inside, read_text_file
 from runtime.errors import DamagedItem, DataError
-from runtime.files import atomic_file
+from runtime.files import atomic_file, open_regular
 
 _MAX_LINE = 64 << 20  # no image comes near it; a file without newlines must not be read whole
 
@@ -30,15 +31,12 @@ class Line(NamedTuple):
 def read_file_list(path) -> list[Path]:
     """The part files which a file list names, relative to its folder. DataError if one is missing or there is none."""
     path = Path(path)
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
     parts = []
-    for number, name in enumerate(names, start=1):
+    for number, line in enumerate(read_text_file(path).splitlines(), start=1):
+        name = line.strip()
         if name:
             part = inside(path.parent, name, f"{path} line {number}")
-            if not part.is_file():
+            if not os.path.isfile(part):
                 raise DataError(f"{path} line {number}: there is no part file {part}")
             parts.append(part)
     if not parts:
@@ -48,7 +46,7 @@ def read_file_list(path) -> list[Path]:
 
 def label_comes_first(part) -> bool:
     """The order of the fields, from a part's first line; DataError where it cannot be told."""
-    with open(part, "rb") as file:
+    with _open_part(part) as file:
         fields = file.readline(_MAX_LINE).strip().split(b"\t")
     if len(fields) != 2 or fields[0].isdigit() == fields[1].isdigit():
         raise DataError(f"{part} line 1: is neither 'base64<TAB>label' nor 'label<TAB>base64'")
@@ -58,19 +56,27 @@ def label_comes_first(part) -> bool:
 def scan_part(part, label_first: bool) -> Iterator[Line]:
     """Every line of a part file, checked to have its two fields in the given order."""
     offset = 0
-    with open(part, "rb") as file:
+    with _open_part(part) as file:
         for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), start=1):
             if len(line) == _MAX_LINE:
                 raise DataError(f"{part} line {number}: longer than {_MAX_LINE} bytes: not a base64 list")
             first, tab, second = line.rstrip(b"\r\n").partition(b"\t")
             label, data = (first, second) if label_first else (second, first)
-            if not (tab and label.isdigit() and data) or data.isdigit() or b"\t" in second:
+            number_of_class = parse_class(label)
+            if not (tab and number_of_class is not None and data) or data.isdigit() or b"\t" in second:
                 if line.strip():
                     order = "label<TAB>base64" if label_first else "base64<TAB>label"
                     raise DataError(f"{part} line {number}: is not '{order}' as the first line of the list is")
             else:
-                yield Line(offset + (len(first) + 1 if label_first else 0), len(data), int(label))
+                yield Line(offset + (len(first) + 1 if label_first else 0), len(data), number_of_class)
             offset += len(line)
+
+
+def _open_part(part):
+    try:
+        return open_regular(part)
+    except OSError as error:
+        raise DataError(f"{part}: cannot be read ({error.strerror})") from None
 
 
 def write_part(path, items: Iterable[tuple[bytes, int]]) -> None:
@@ -113,7 +119,7 @@ class Base64Dataset(ImageDataset):
 
     def encoded(self, index: int):
         try:
-            with open(self.parts[self._part_of[index]], "rb", buffering=0) as file:
+            with open_regular(self.parts[self._part_of[index]]) as file:
                 file.seek(int(self._offsets[index]))
                 text = file.read(int(self._lengths[index]))
             return base64.b64decode(text, validate=True), int(self._labels[index])

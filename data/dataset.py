@@ -10,6 +10,16 @@ import numpy as np
 from data.images import check_channel_order, decode_image, image_size
 from runtime.errors import DamagedItem, DataError
 
+MAX_CLASSES = 1 << 31  # a class beyond is no label that somebody gave
+
+
+def parse_class(text) -> Optional[int]:
+    """The class that a list's field (str or bytes) names; None unless it is a whole number below MAX_CLASSES."""
+    if not text.isdigit() or not text.isascii() or len(text.lstrip("0" if isinstance(text, str) else b"0")) > 10:
+        return None
+    number = int(text)
+    return number if number < MAX_CLASSES else None
+
 
 class ImageDataset:
     """Base of the sets that `open_dataset` returns.

@@ -1,4 +1,4 @@
-"""Drawn faces: people who never were, for a first training without a download.
+"""Synthetic faces, for a first training without a download.
 
 A face is what stays the same of a person (`Identity`: shape, colours, hair, marks) seen under what does not (pose,
 expression, light, blur, occlusion, sensor). Both are drawn at random from continuous ranges, so a network can learn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from array import array
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from typing import Optional
 
 from data.files import FileDataset, PackedStrings
 from data.images import IMAGE_SUFFIXES
-from runtime.errors import DataError
+from runtime.errors import DataError, printable
+
+log = logging.getLogger(__name__)
 
 
 def class_names(root) -> list[str]:
@@ -32,8 +35,8 @@ def open_folder(root, channel_order: str = "rgb", num_classes: Optional[int] = N
     def paths() -> Iterator[str]:
         for label, name in enumerate(names):
             before = len(labels)
-            for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
-                for file in sorted(files):
+            for folder, files in _walk(root, root / name):
+                for file in files:
                     if file.lower().endswith(IMAGE_SUFFIXES):
                         labels.append(label)
                         yield os.path.relpath(os.path.join(folder, file), root)
@@ -44,10 +47,34 @@ def open_folder(root, channel_order: str = "rgb", num_classes: Optional[int] = N
     return FileDataset(root, packed, labels, str(root), channel_order, num_classes, size)
 
 
+def _walk(root: Path, top: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files) of `top` and everything below it, sorted, through links as well.
+
+    Each folder is seen once: a link to where the walk has been, or to above it, would repeat the set or never end.
+    """
+    seen = {os.path.realpath(folder) for folder in (root, *root.resolve().parents)}
+    for folder, below, files in os.walk(top, followlinks=True, onerror=_unreadable):
+        real = os.path.realpath(folder)
+        if real in seen:
+            log.warning("%s is a link to a folder that is in the set already: left out", printable(folder))
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort()
+        yield folder, sorted(files)
+
+
+def _unreadable(error: OSError):
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
 def has_class_folders(root) -> bool:
     """Whether some folder directly in `root` directly holds an image."""
     for name in class_names(root):
-        with os.scandir(Path(root) / name) as entries:
-            if any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries):
-                return True
+        try:
+            with os.scandir(Path(root) / name) as entries:
+                if any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries):
+                    return True
+        except OSError as error:
+            _unreadable(error)
     return False

@@ -6,6 +6,7 @@ Shapes: H height, W width; arrays are uint8 [H, W, 3] in RGB order.
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import Optional
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.errors import DamagedItem, DataError
-from runtime.files import atomic_file
+from runtime.files import atomic_file, open_regular
 
 try:
     import simplejpeg
@@ -22,8 +23,10 @@ except ImportError:  # Pillow decodes the same pixels at less than half the spee
     simplejpeg = None
 
 MAX_PIXELS = 4096 * 4096  # a JPEG of a few hundred bytes may claim 65535 x 65535
+MAX_FILE_BYTES = 256 << 20  # of one image; MAX_PIXELS of 16-bit colours and transparency take half of it
 CHANNEL_ORDERS = ("rgb", "bgr")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_MAX_TEXT_BYTES = 256 << 20  # of a list that is read whole
 # Pillow also opens formats that start other programs (EPS) or were never images of faces.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
@@ -91,7 +94,9 @@ def decode_image(data, channel_order: str = "rgb", out_HWC: Optional[np.ndarray]
     image = _open_with_pillow(data)
     _check_size(image.height, image.width, expected)
     try:
-        image_HWC = np.asarray(image.convert("RGB"))
+        image_HWC = np.asarray(_to_eight_bits(image).convert("RGB"))
+    except DamagedItem:
+        raise
     except Exception as error:  # as above
         raise DamagedItem(f"damaged {image.format} ({error})") from None
     if channel_order == "bgr":
@@ -102,12 +107,39 @@ def decode_image(data, channel_order: str = "rgb", out_HWC: Optional[np.ndarray]
     return out_HWC
 
 
-def read_file(path) -> bytes:
-    """The bytes of one image file; DamagedItem if it cannot be read."""
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey in 8 bits; Pillow would cut every value above 255 to white.
+
+    Raises DamagedItem for other numbers: no file says which of them are black and white.
+    """
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):  # as Pillow opens them
+        values_HW = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((values_HW + 128) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DamagedItem(f"holds {'float' if image.mode == 'F' else '32-bit'} numbers: convert it to 8 bits a channel")
+    return image
+
+
+def read_file(path, most: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of one file; DamagedItem if it is longer than `most`, no regular file, or cannot be read."""
     try:
-        return Path(path).read_bytes()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise DamagedItem(f"is {size} bytes long; at most {most} are read")
+            return file.read()
     except OSError as error:
         raise DamagedItem(f"cannot be read ({error.strerror})") from None
+
+
+def read_text_file(path) -> str:
+    """The text of a list or a record of ours, less a byte-order mark; DataError names the file."""
+    try:
+        return read_file(path, _MAX_TEXT_BYTES).decode("utf-8-sig")
+    except DamagedItem as error:
+        raise DataError(f"{path}: {error}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is no text in UTF-8: save it as that") from None
 
 
 def inside(root: Path, relative: str, place: str) -> Path:
@@ -127,12 +159,11 @@ def channel_order_path(path) -> Path:
 def recorded_channel_order(path) -> Optional[str]:
     """What tools.prepare_data recorded beside a folder; None if nothing was."""
     record = channel_order_path(path)
-    if not record.is_file():
+    if not os.path.isfile(record):
         return None
-    with open(record, encoding="utf-8", errors="replace") as file:
-        word = file.read(16).strip().lower()
+    word = read_text_file(record).strip().lower()
     if word not in CHANNEL_ORDERS:
-        raise DataError(f"{record}: {word!r} is not a channel order: write rgb or bgr into it")
+        raise DataError(f"{record}: {word[:20]!r} is not a channel order: write rgb or bgr into it")
     return word
 
 

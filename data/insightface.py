@@ -13,9 +13,10 @@ from typing import Optional
 
 import numpy as np
 
-from data.dataset import ImageDataset, settle_classes
+from data.dataset import MAX_CLASSES, ImageDataset, parse_class, settle_classes
 from data.recordio import MAX_EXACT_LABEL, RecordIOReader, to_class, unpack
 from runtime.errors import DamagedItem, DataError
+from runtime.files import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class RecordIODataset(ImageDataset):
         self.path = Path(rec_path)
         idx_path = self.path.with_suffix(".idx")
         if not idx_path.exists():
-            log.info("%s is missing: the records are found by walking through %s", idx_path, self.path)
+            log.info("%s is missing: the records are found by reading through %s", idx_path, self.path)
             idx_path = None
         self.reader = RecordIOReader(self.path, idx_path)
         self._labels: Optional[np.ndarray] = None
@@ -112,7 +113,7 @@ class RecordIODataset(ImageDataset):
         """(class, number of images) of each identity, both int64; None where the identity records do not tile the
         images, so that only the images' own headers can tell."""
         ranges = self.reader.label_pairs(self.reader.offsets(first_key, stop_key))
-        if ranges is None or not len(ranges) or not np.isfinite(ranges).all():
+        if ranges is None or not len(ranges) or not (np.abs(ranges) < MAX_CLASSES).all():  # nor nan
             return None
         if np.float32(first_key) == ranges[-1, 1]:  # equal but for rounding
             first, stop = ranges.astype(np.int64).T
@@ -151,8 +152,7 @@ class RecordIODataset(ImageDataset):
 
     def _property(self) -> Optional[int]:
         try:
-            with open(self.path.with_name("property"), encoding="ascii") as file:
-                first = file.read(64).split(",")[0].strip()
-        except (OSError, UnicodeDecodeError):
+            with open_regular(self.path.with_name("property")) as file:
+                return parse_class(file.read(64).split(b",")[0].strip())
+        except OSError:
             return None
-        return int(first) if first.isdigit() else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from data import safe_pickle
 from data.images import read_file
 from runtime.errors import DamagedItem, DataError
+from runtime.files import atomic_file
 
 _LENGTH = struct.Struct("<I")
 
@@ -51,7 +52,8 @@ def image_to_bin(image_path, bin_path) -> None:
         image = read_file(image_path)
     except DamagedItem as error:
         raise DataError(f"{image_path}: {error}") from None
-    Path(bin_path).write_bytes(build(image_path.name, image))
+    with atomic_file(bin_path, DataError) as file:
+        file.write(build(image_path.name, image))
 
 
 def bin_to_image(bin_path, image_path) -> None:
@@ -60,4 +62,5 @@ def bin_to_image(bin_path, image_path) -> None:
         image = parse(read_file(bin_path))[1]
     except DamagedItem as error:
         raise DataError(f"{bin_path}: {error}") from None
-    Path(image_path).write_bytes(image)
+    with atomic_file(image_path, DataError) as file:
+        file.write(image)

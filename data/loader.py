@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import signal
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.dataset import ImageDataset
 from data.sampler import BatchSampler
-from runtime.errors import DamagedItem, DataError
+from runtime.errors import DamagedItem, DataError, printable
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class _BatchReader(Dataset):
                     if self.strict:
                         raise
                     labels_B[row], stand_in = self._replace(index, rows[row])
-                    problems.append(f"{damage}; {stand_in} takes its place")
+                    problems.append(printable(f"{damage}; {stand_in} takes its place"))
         except DataError as failure:
             error = str(failure)
         return _Fetched(images_BHWC, labels_B, torch.from_numpy(flips.copy()), problems, error)
@@ -152,10 +153,30 @@ class Loader:
             )
         self._positions.epoch, self._positions.step = epoch, step
 
+    def _fetch(self) -> Iterator[_Fetched]:
+        on_child = signal.getsignal(signal.SIGCHLD)
+        batches = iter(self._loader)
+        if threading.current_thread() is threading.main_thread():
+            # torch's own handler would raise in the middle of whatever runs when a worker dies; next() finds it out too
+            signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
+        while True:
+            try:
+                fetched = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, EOFError, OSError) as error:
+                if not self._loader.num_workers or "Caught" in str(error):  # a fault of ours, with the worker's trace
+                    raise
+                raise DataError(
+                    f"a loader process is gone ({error or 'in the middle of a batch'}): was it killed for the "
+                    "machine's memory? Lower --num_workers and resume"
+                ) from None
+            yield fetched
+
     def __iter__(self) -> Iterator[Batch]:
         damaged = 0
         images = len(self) * self._sampler.batch_size
-        for fetched in self._loader:
+        for fetched in self._fetch():
             if fetched.error:
                 raise DataError(fetched.error)
             for problem in fetched.problems:

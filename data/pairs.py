@@ -1,18 +1,21 @@
 """Verification sets: N pairs of face images, each the same person or not.
 
-Three forms: InsightFace's `lfw.bin` (a pickle), InsightFace_Pytorch's bcolz array `lfw/` with `lfw_list.npy`, and a
+Three formats: InsightFace's `lfw.bin` (a pickle), InsightFace_Pytorch's bcolz array `lfw/` with `lfw_list.npy`, and a
 folder `lfw/` with `label.txt` and one folder per pair. Images are decoded when they are asked for.
 """
 
 from __future__ import annotations
 
+import glob
+import io
 import json
 import logging
+import os
 import pickle  # only to write; reading goes through data.safe_pickle
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
@@ -23,13 +26,18 @@ from data.images import (
     decode_image,
     inside,
     read_file,
+    read_text_file,
     recorded_channel_order,
 )
 from runtime.errors import DamagedItem, DataError
+from runtime.files import atomic_file, open_regular, write_text
 
 log = logging.getLogger(__name__)
 
-VERIFICATION_SETS = ("lfw", "cfp_fp", "cfp_ff", "agedb_30", "calfw", "cplfw", "vgg2_fp")
+VERIFICATION_SETS = ("lfw", "cfp_fp", "cfp_ff", "agedb_30", "calfw", "cplfw", "vgg2_fp", "synthetic")
+_MAX_BIN_BYTES = 4 << 30  # the sets in use have a tenth of a gigabyte
+_MAX_META_BYTES = 1 << 20
+_MAX_ANSWERS_BYTES = 64 << 20
 _MAX_CHUNK_IMAGES = 4096  # bcolz allocates a chunk when an array is opened
 # bloscpack: "blpk", version, number of chunks (16 bytes); then blosc: flags, unpacked bytes, block size, packed bytes
 _CHUNK_HEADER = struct.Struct("<4s12x4xI4xI")
@@ -97,7 +105,7 @@ class _BcolzPairs(PairImages):
 
 
 def load_pairs(path, channel_order: Optional[str] = None, size: int = 112) -> tuple[PairImages, np.ndarray]:
-    """(images, issame bool [N]) of a verification set in any of the three forms.
+    """(images, issame bool [N]) of a verification set in any of the three formats.
 
     channel_order: the order in which the file holds its channels; None takes what was recorded beside it, else "bgr"
     for bcolz (its original tool never swapped OpenCV's channels) and "rgb" for encoded images.
@@ -106,16 +114,14 @@ def load_pairs(path, channel_order: Optional[str] = None, size: int = 112) -> tu
     path = Path(path)
     if channel_order is not None:
         check_channel_order(channel_order)
-    if path.is_file():
-        images, issame = _load_bin(path, channel_order, size)
-    elif (path / "meta" / "sizes").is_file():
-        images, issame = _load_bcolz(path, channel_order, size)
-    elif (path / "label.txt").is_file():
-        images, issame = _load_folder(path, channel_order, size)
-    elif path.exists():
-        raise DataError(f"{path}: neither a bcolz array (meta/sizes) nor a pair folder (label.txt)")
-    else:
-        raise DataError(f"{path}: no such verification set")
+    load = next((one.load for one in FORMATS if one.recognises(path)), None)
+    if load is None:
+        there = os.path.exists(path)
+        what = (
+            "neither a bcolz array (meta/sizes) nor a pair folder (label.txt)" if there else "no such verification set"
+        )
+        raise DataError(f"{path}: {what}")
+    images, issame = load(path, channel_order, size)
     if len(issame) == 0:
         raise DataError(f"{path}: holds no pair")
     if len(images) != 2 * len(issame):
@@ -126,20 +132,41 @@ def load_pairs(path, channel_order: Optional[str] = None, size: int = 112) -> tu
     return images, issame
 
 
+class PairFormat(NamedTuple):
+    """How verification sets of one kind are told from others, and loaded."""
+
+    name: str
+    recognises: Callable[[Path], bool]
+    load: Callable[[Path, Optional[str], int], tuple[PairImages, np.ndarray]]
+
+
+def register(name: str, recognises: Callable[[Path], bool]):
+    """Enters a format of your own for verification sets; decorates the function that loads it.
+
+    The decorated is called with (path, channel_order or None, size) and gives (images, issame) as `load_pairs` does,
+    for a path (file or folder) of which `recognises` is true. Raises DataError for a name that is taken.
+    """
+
+    def enter(load):
+        if any(one.name == name for one in FORMATS):
+            raise DataError(f"pair format {name!r}: there is one of this name already: choose another")
+        FORMATS.insert(0, PairFormat(name, recognises, load))
+        return load
+
+    return enter
+
+
 def find_pair_sets(root, names: Sequence[str] = VERIFICATION_SETS) -> dict[str, Path]:
     """{name: path} of those sets which stand in folder `root`, as .bin, bcolz or folder. A file is its own set."""
     root = Path(root)
-    if root.is_file():
+    if os.path.isfile(root):
         return {root.stem: root}
     found = {}
     for name in names:
-        folder = root / name
-        for path, mark in (
-            (root / f"{name}.bin", root / f"{name}.bin"),
-            (folder, folder / "meta" / "sizes"),
-            (folder, folder / "label.txt"),
-        ):
-            if mark.is_file():
+        places = [root / f"{name}.bin", root / name, *sorted(root.glob(f"{glob.escape(name)}.*"))]
+        for path in places:
+            # a file is taken for a .bin when it is named, and for what it is called when it is looked for
+            if any(one.recognises(path) for one in FORMATS if one.name != "bin" or path.suffix == ".bin"):
                 found[name] = path
                 break
     return found
@@ -149,9 +176,9 @@ def read_bin(path) -> tuple[list[bytes], np.ndarray]:
     """(encoded images, issame bool [N]) of a verification `.bin`."""
     path = Path(path)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        data = read_file(path, _MAX_BIN_BYTES)
+    except DamagedItem as error:
+        raise DataError(f"{path}: {error}") from None
     value = safe_pickle.load(data, str(path))
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not isinstance(value[0], (list, tuple)):
         raise DataError(f"{path}: is not a verification set: a pickle of (images, issame list) is expected")
@@ -159,16 +186,19 @@ def read_bin(path) -> tuple[list[bytes], np.ndarray]:
     for number, item in enumerate(value[0]):
         item = safe_pickle.as_array(item)
         if isinstance(item, np.ndarray) and item.dtype == np.uint8:
-            item = item.tobytes()
-        if not isinstance(item, (bytes, bytearray)):
+            item = memoryview(item).cast("B") if item.size else b""  # a copy each would be more than the file holds
+        if not isinstance(item, (bytes, bytearray, memoryview)):
             raise DataError(f"{path}: image {number} is neither bytes nor a uint8 array: the set is damaged")
-        images.append(bytes(item))
+        images.append(item)
     return images, _read_issame(safe_pickle.as_array(value[1]), path)
 
 
 def _read_issame(values, path: Path) -> np.ndarray:
     try:
-        answers = np.array([bool(safe_pickle.as_array(value)) for value in values], bool)
+        answers = [safe_pickle.as_array(value) for value in values]
+        if not all(np.ndim(value) == 0 and value in (0, 1) for value in answers):
+            raise ValueError("neither true nor false")
+        answers = np.array(answers, bool)
     except (TypeError, ValueError):
         raise DataError(f"{path}: its list of answers does not hold booleans: the set is damaged") from None
     return answers
@@ -176,7 +206,8 @@ def _read_issame(values, path: Path) -> np.ndarray:
 
 def write_bin(path, images: Sequence[bytes], issame: Sequence[bool]) -> None:
     """Write a verification `.bin` as InsightFace reads it. images: 2N encoded images."""
-    Path(path).write_bytes(pickle.dumps((list(images), [bool(same) for same in issame]), protocol=2))
+    with atomic_file(path, DataError) as file:
+        pickle.dump((list(images), [bool(same) for same in issame]), file, protocol=2)
 
 
 def write_folder(path, images: Sequence[bytes], issame: Sequence[bool]) -> None:
@@ -186,7 +217,7 @@ def write_folder(path, images: Sequence[bytes], issame: Sequence[bool]) -> None:
         folder = path / f"{row // 2:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{row % 2}.jpg").write_bytes(data)
-    (path / "label.txt").write_text("".join(f"{pair:06d} {bool(same)}\n" for pair, same in enumerate(issame)))
+    write_text(path / "label.txt", "".join(f"{pair:06d} {bool(same)}\n" for pair, same in enumerate(issame)), DataError)
 
 
 def _load_bin(path: Path, channel_order: Optional[str], size: int) -> tuple[PairImages, np.ndarray]:
@@ -203,13 +234,15 @@ def _load_bcolz(path: Path, channel_order: Optional[str], size: int) -> tuple[Pa
         ) from None
     # bcolz unpickles arrays of objects and allocates what the meta files say: look at them first.
     try:
-        shape = json.loads((path / "meta" / "sizes").read_text())["shape"]
-        storage = json.loads((path / "meta" / "storage").read_text())
+        shape = json.loads(read_file(path / "meta" / "sizes", _MAX_META_BYTES))["shape"]
+        storage = json.loads(read_file(path / "meta" / "storage", _MAX_META_BYTES))
         dtype, chunk = storage["dtype"], storage["chunklen"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if os.path.lexists(path / "__attrs__"):
+            read_file(path / "__attrs__", _MAX_META_BYTES)  # bcolz will, whatever it is
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: its meta files cannot be read ({error}): prepare the set again") from None
     rows = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else -1
-    if shape != [rows, 3, size, size] or dtype != "float32" or not isinstance(chunk, int):
+    if rows < 0 or shape != [rows, 3, size, size] or dtype != "float32" or not isinstance(chunk, int):
         raise DataError(f"{path}: holds {dtype} {shape}, where float32 [2N, 3, {size}, {size}] is needed")
     if not 1 <= chunk <= _MAX_CHUNK_IMAGES:
         raise DataError(
@@ -218,7 +251,9 @@ def _load_bcolz(path: Path, channel_order: Optional[str], size: int) -> tuple[Pa
     _check_chunks(path, rows, chunk, 3 * size * size * 4)
     answers = path.with_name(path.name + "_list.npy")
     try:
-        issame = np.load(answers, allow_pickle=False)
+        issame = np.load(io.BytesIO(read_file(answers, _MAX_ANSWERS_BYTES)), allow_pickle=False)
+        if not isinstance(issame, np.ndarray):
+            raise ValueError("an archive")
         array = bcolz.carray(rootdir=str(path), mode="r")
     except Exception as error:  # numpy and bcolz report damaged files in many ways
         raise DataError(
@@ -238,7 +273,7 @@ def _check_chunks(path: Path, rows: int, rows_per_chunk: int, row_bytes: int) ->
         file = path / "data" / f"__{number}.blp"
         expected = min(rows_per_chunk, rows - first) * row_bytes
         try:
-            with open(file, "rb") as chunk:
+            with open_regular(file) as chunk:
                 head = chunk.read(_CHUNK_HEADER.size)
                 stored = chunk.seek(0, 2) - 16
             magic, unpacked, packed = _CHUNK_HEADER.unpack(head)
@@ -250,22 +285,28 @@ def _check_chunks(path: Path, rows: int, rows_per_chunk: int, row_bytes: int) ->
 
 def _load_folder(path: Path, channel_order: Optional[str], size: int) -> tuple[PairImages, np.ndarray]:
     list_path, files, issame = path / "label.txt", [], []
-    try:
-        lines = list_path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{list_path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    for number, line in enumerate(read_text_file(list_path).splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
             continue
         place = f"{list_path} line {number}"
         pair, _, answer = line.strip().replace("\t", " ").rpartition(" ")
         if answer.lower() not in ("true", "false", "1", "0"):
             raise DataError(f"{place}: {line[:60]!r} is not 'pair_id True' or 'pair_id False'")
         folder = inside(path, pair.strip(), place)
-        found = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        try:
+            found = sorted(folder / name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES))
+        except OSError as error:
+            raise DataError(f"{place}: {folder} cannot be read ({error.strerror})") from None
         if len(found) != 2:
             raise DataError(f"{place}: {folder} holds {len(found)} images, a pair is exactly two")
         files += found
         issame.append(answer.lower() in ("true", "1"))
     order = channel_order or recorded_channel_order(path) or "rgb"
     return _EncodedPairs(files, str(path), order, size), np.array(issame, bool)
+
+
+FORMATS = [
+    PairFormat("bin", os.path.isfile, _load_bin),
+    PairFormat("bcolz", lambda path: os.path.isfile(path / "meta" / "sizes"), _load_bcolz),
+    PairFormat("folder", lambda path: os.path.isfile(path / "label.txt"), _load_folder),
+]

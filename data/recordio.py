@@ -19,7 +19,9 @@ from typing import Optional, Union
 
 import numpy as np
 
+from data.dataset import MAX_CLASSES
 from runtime.errors import DamagedItem, DataError
+from runtime.files import open_regular, temporary_path
 
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -27,6 +29,7 @@ _PART = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
 _LENGTH_MASK = (1 << 29) - 1
 MAX_EXACT_LABEL = 1 << 24  # a label is a float32
+_MAX_LABELS = 4096  # of one record; the formats in use have one or two
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 _INDEX_CHUNK = 8 << 20  # bytes of .idx parsed at a time
 _GATHER_CHUNK = 1 << 15  # records looked at together: their indices take 8 bytes per byte read
@@ -59,15 +62,15 @@ def unpack(payload) -> tuple[tuple[float, ...], memoryview]:
         raise DamagedItem(f"record of {len(payload)} bytes is shorter than its {_HEADER.size}-byte header")
     flag, label, _, _ = _HEADER.unpack_from(payload)
     start = _HEADER.size + 4 * flag
-    if start > len(payload):
+    if start > len(payload) or flag > _MAX_LABELS:
         raise DamagedItem(f"record of {len(payload)} bytes claims {flag} labels")
     labels = struct.unpack_from(f"<{flag}f", payload, _HEADER.size) if flag else (label,)
     return labels, memoryview(payload)[start:]
 
 
 def to_class(label: float) -> int:
-    """A label as a class; -1 for one that is not a number."""
-    return int(label) if math.isfinite(label) else -1
+    """A label as a class; -1 for one that is no number of a class."""
+    return int(label) if math.isfinite(label) and 0 <= label < MAX_CLASSES else -1
 
 
 def _read_index(path: Path) -> tuple[Optional[np.ndarray], np.ndarray]:
@@ -76,7 +79,7 @@ def _read_index(path: Path) -> tuple[Optional[np.ndarray], np.ndarray]:
     Millions of lines: parsed in chunks into arrays of the final size, so that memory peaks near what is kept.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             lines = 0
             for chunk in iter(lambda: file.read(_INDEX_CHUNK), b""):
                 lines += chunk.count(b"\n")
@@ -127,10 +130,10 @@ def _parse_index_lines(chunk: bytes, path: Path, lines_before: int) -> np.ndarra
     if numbers is not None and len(numbers) == 2 * rows:
         return numbers.reshape(-1, 2)
     good = []
-    for number, line in enumerate(chunk.splitlines(), start=lines_before + 1):
+    for number, line in enumerate(chunk.split(b"\n"), start=lines_before + 1):
         fields = line.split()
         if fields:
-            if len(fields) != 2 or not all(field.isdigit() for field in fields):
+            if len(fields) != 2 or not all(field.isdigit() and len(field) < 19 for field in fields):
                 raise DataError(f"{path} line {number}: {line[:40]!r} is not 'key<TAB>offset': write the index again")
             good.append([int(field) for field in fields])
     return np.array(good, np.int64).reshape(-1, 2)
@@ -155,7 +158,7 @@ class RecordIOReader:
 
     def _map(self) -> None:
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size == 0:
                     raise DataError(f"{self.path}: is empty: no image in this set")
@@ -269,7 +272,7 @@ class RecordIOReader:
 
     def _check_index(self, idx_path: Path) -> None:
         first, last = int(np.argmin(self._offsets)), int(np.argmax(self._offsets))
-        if self._offsets[last] + _PART.size > self._size:
+        if int(self._offsets[last]) + _PART.size > self._size:
             raise DataError(
                 f"{idx_path}: key {self.keys[last]} is at byte {self._offsets[last]}, past the end of "
                 f"{self.path} ({self._size} bytes): the .rec is cut off or the index is another file's"
@@ -310,7 +313,7 @@ class RecordIOReader:
         values = np.where(flag > 0, floats[:, 8], floats[:, 3])
         whole = (numbers[:, 0] == MAGIC) & (numbers[:, 1] >> 29 == _WHOLE) & (length >= _HEADER.size + 4 * (flag > 0))
         labels = np.full(len(offsets), -1, np.int64)
-        usable = whole & np.isfinite(values)
+        usable = whole & (values >= 0) & (values < MAX_CLASSES)  # not for nan
         labels[usable] = values[usable].astype(np.int64)
         for row in np.flatnonzero(~whole):
             try:  # a split record's labels may lie in its second part
@@ -334,9 +337,12 @@ class RecordIOWriter:
 
     def __init__(self, rec_path, idx_path):
         self._paths = [Path(rec_path), Path(idx_path)]
-        self._partial = [path.with_name(path.name + ".partial") for path in self._paths]
-        self._rec = open(self._partial[0], "wb")
-        self._idx = open(self._partial[1], "w", encoding="ascii", newline="\n")
+        self._partial = [temporary_path(path) for path in self._paths]
+        for path in self._paths:
+            if path.exists() and not path.is_file():  # a rename would replace a device by a file
+                raise DataError(f"{path}: not written (it is there and is no file): choose another name")
+        self._rec = open(self._partial[0], "xb")
+        self._idx = open(self._partial[1], "x", encoding="ascii", newline="\n")
 
     def write(self, key: int, payload: bytes) -> None:
         """Append one record. Payloads of 2^29 bytes and more do not fit the format: DataError."""

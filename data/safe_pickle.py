@@ -1,4 +1,4 @@
-"""Pickles from strangers, read without running anything they name.
+"""Untrusted pickles, read without running anything they name.
 
 Verification `.bin` files and kv `.bin` files are pickles. Only lists, tuples, bytes, text, booleans, numbers and
 numpy's array reconstruction are admitted, and the latter is not numpy's own: it is replaced by functions that check
@@ -8,61 +8,25 @@ sizes before they build an array.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
+import struct
 from typing import Any, Callable
 
 import numpy as np
 
 from runtime.errors import DataError
 
+_MAX_DIMENSIONS = 8
 _DTYPES = {"u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8", "b1"}
 # Protocols 2 to 5, less what can name or build something else. Protocol 0's text forms are out as well.
-_OPCODES = {
-    "PROTO",
-    "FRAME",
-    "STOP",
-    "MARK",
-    "POP",
-    "POP_MARK",
-    "NONE",
-    "NEWTRUE",
-    "NEWFALSE",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG1",
-    "BINFLOAT",
-    "BINSTRING",
-    "SHORT_BINSTRING",
-    "BINBYTES",
-    "SHORT_BINBYTES",
-    "BINBYTES8",
-    "BYTEARRAY8",
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE8",
-    "EMPTY_LIST",
-    "EMPTY_DICT",
-    "SETITEM",
-    "SETITEMS",
-    "APPEND",
-    "APPENDS",
-    "TUPLE",
-    "EMPTY_TUPLE",
-    "TUPLE1",
-    "TUPLE2",
-    "TUPLE3",
-    "BINGET",
-    "LONG_BINGET",
-    "BINPUT",
-    "LONG_BINPUT",
-    "MEMOIZE",
-    "GLOBAL",
-    "STACK_GLOBAL",
-    "REDUCE",
-    "BUILD",
-}
+_OPCODES = (
+    "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINSTRING "
+    "SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST "
+    "EMPTY_DICT SETITEM SETITEMS APPEND APPENDS TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 BINGET LONG_BINGET BINPUT "
+    "LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD"
+).split()
 
 
 class _Refused(Exception):
@@ -96,10 +60,10 @@ class _Array:
 def _build(data: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
     if not isinstance(dtype, _Dtype) or not isinstance(data, (bytes, bytearray)) or not isinstance(shape, tuple):
         raise _Refused("an array without numbers in it")
-    size = dtype.dtype.itemsize
-    for length in shape:
-        size *= length
-    if size != len(data) or any(length < 0 for length in shape):
+    # few and small dimensions: the product of a thousand large ones takes minutes
+    if len(shape) > _MAX_DIMENSIONS or not all(type(length) is int and 0 <= length <= len(data) for length in shape):
+        raise _Refused(f"an array of shape {str(shape)[:60]} made of {len(data)} bytes")
+    if math.prod(shape) * dtype.dtype.itemsize != len(data):
         raise _Refused(f"an array of shape {shape} made of {len(data)} bytes")
     holder = _Array()
     holder.array = np.frombuffer(data, dtype.dtype).reshape(shape)
@@ -128,7 +92,6 @@ class _Admitted:
 
 
 _ADMITTED = {
-    ("_codecs", "encode"): _Admitted(_encode),
     ("numpy", "dtype"): _Admitted(_Dtype),
     ("numpy", "ndarray"): None,  # named beside _reconstruct, never called
 }
@@ -138,21 +101,58 @@ for _module in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2
     _ADMITTED[_module + ".numeric", "_frombuffer"] = _Admitted(_build)
 
 
-class _Unpickler(pickle.Unpickler):
+class _File(io.BytesIO):
+    """Refuses to read more than there is: the lengths in a pickle are claims."""
+
+    def read(self, count: int = -1) -> bytes:
+        data = super().read(count)
+        if len(data) < count:
+            raise EOFError("cut off")
+        return data
+
+
+class _Instructions(dict):
+    def __missing__(self, code: int):
+        name = next((op.name for op in pickletools.opcodes if ord(op.code) == code), f"0x{code:02x}")
+        raise _Refused(f"the instruction {name}")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own unpickler with the instructions in _OPCODES alone.
+
+    The pure Python class on purpose: the C one sizes its memo by a number in the file, allocates what a length claims,
+    and in damaged frames reads other instructions than a first look (pickletools) would see.
+    """
+
+    dispatch = _Instructions(
+        {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES}
+    )
+
+    def __init__(self, data: bytes):
+        super().__init__(_File(data), encoding="bytes")
+        self._encoded, self._most = 0, len(data)
+
+    def load_bytearray8(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+    def _encode(self, text: Any, *encoding: Any) -> bytes:
+        """_codecs.encode; a text that a pickle names again and again would become new bytes each time."""
+        data = _encode(text, *encoding)
+        self._encoded += len(data)
+        if self._encoded > self._most:
+            raise _Refused("one text encoded many times")
+        return data
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return _Admitted(self._encode)
         try:
             return _ADMITTED[module, name]
         except KeyError:
             raise _Refused(f"{module}.{name}") from None
-
-
-def _check_opcodes(data: bytes) -> None:
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in _OPCODES:
-            raise _Refused(f"the instruction {opcode.name}")
-        # the unpickler's memo is an array: a large index would allocate gigabytes for a file of ten bytes
-        if opcode.name == "LONG_BINPUT" and argument > len(data):
-            raise _Refused(f"memo slot {argument}")
 
 
 def load(data: bytes, place: str) -> Any:
@@ -161,12 +161,11 @@ def load(data: bytes, place: str) -> Any:
     place: the file, for messages. Raises DataError for anything that is not plain data, or cut off.
     """
     try:
-        _check_opcodes(data)
-        return _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        return _Unpickler(data).load()
     except _Refused as error:
         raise DataError(
             f"{place}: refused: the pickle holds {error}, and only lists, bytes, numbers and numpy arrays "
-            "are read from strangers' pickles"
+            "are read from untrusted pickles"
         ) from None
     except Exception as error:  # a broken pickle fails in a dozen ways
         raise DataError(

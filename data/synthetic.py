@@ -1,4 +1,4 @@
-"""Faces that nobody has: images without a disk for speed tests, and drawn faces for a first training."""
+"""Faces that nobody has: images without a disk for speed tests, and synthetic faces for a first training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ import numpy as np
 
 from data.dataset import ImageDataset
 from data.faces import Identity, draw_face, draw_identity
+from data.images import read_file
 from data.pairs import write_bin
 from data.recordio import RecordIOWriter, pack
-from runtime.errors import DataError
+from runtime.errors import DamagedItem, DataError
+from runtime.files import temporary_path
 
 log = logging.getLogger(__name__)
 
 _STAMP = "synthetic.json"
-_GENERATOR = 1  # raise it when the same arguments give other faces
+_GENERATOR = 2  # raise it when the same arguments give other files
+_NAMES = ("train.rec", "train.idx", "property", "synthetic.bin")
+_MOST = 1 << 24  # of each number: a class is a float32 in a .rec
 _FOLDS = 10  # of the verification protocol: contiguous, each with as many equal as different pairs
 _TRAIN, _VERIFY, _PAIRS = range(3)  # the random streams of one seed
 
@@ -87,7 +91,7 @@ def write_training_set(
     size: int = 112,
     tick: Callable[[], object] = lambda: None,
 ) -> None:
-    """train.rec, train.idx and property of drawn faces in InsightFace's layout; `tick` is called once an image."""
+    """train.rec, train.idx and property of synthetic faces in InsightFace's layout; `tick` is called once an image."""
     folder, images = Path(folder), identities * images_per_identity
     with RecordIOWriter(folder / "train.rec", folder / "train.idx") as writer:
         writer.write(0, pack([images + 1, images + 1 + identities]))
@@ -113,7 +117,7 @@ def write_verification_set(
     size: int = 112,
     tick: Callable[[], object] = lambda: None,
 ) -> None:
-    """A verification .bin of drawn people who are in no training set of this seed, in ten folds."""
+    """A verification .bin of synthetic people who are in no training set of this seed, in ten folds."""
     random = np.random.RandomState([seed, _PAIRS])
     faces = []
     for number in range(identities):
@@ -147,10 +151,15 @@ def generate(
     seed: int = 0,
     tick: Callable[[], object] = lambda: None,
 ) -> bool:
-    """Write train.rec, train.idx, property and lfw.bin into folder `output`; False if they are already there.
+    """Write train.rec, train.idx, property and synthetic.bin into folder `output`; False if they are already there.
 
-    Everything is written beside `output` and moved in when whole. A folder with someone else's data is refused.
+    Everything is written aside and moved in when whole. A folder with someone else's data is refused.
     """
+    numbers = (identities, images_per_identity, verify_identities, verify_images, pairs)
+    if max(numbers) > _MOST or identities * images_per_identity > _MOST:
+        raise DataError(f"a synthetic set of more than {_MOST:,} images, identities or pairs: choose a smaller one")
+    if not 0 <= seed < 1 << 32:
+        raise DataError(f"--seed {seed}: choose one from 0 to {(1 << 32) - 1}")
     if min(identities, verify_identities, verify_images) < 2 or images_per_identity < 1 or pairs < 2 * _FOLDS:
         raise DataError(
             f"a synthetic set needs at least 2 identities, 2 verification identities of 2 images, 1 image "
@@ -169,46 +178,50 @@ def generate(
     present = _read_stamp(output)
     if present == wanted:
         return False
-    names = ["train.rec", "train.idx", "property", "lfw.bin"]
-    if present is None and any((output / name).exists() for name in names):
+    if present is None and any(os.path.exists(output / name) for name in (*_NAMES, _STAMP)):
         raise DataError(f"{output}: holds a data set which was not made here: choose another folder")
-    partial = output.with_name(output.name + ".partial")
+    partial, new = temporary_path(output / "set"), not os.path.exists(output)
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
         partial.mkdir(parents=True)
         write_training_set(partial, identities, images_per_identity, seed, tick=tick)
-        write_verification_set(partial / "lfw.bin", verify_identities, verify_images, pairs, seed, tick=tick)
-        output.mkdir(parents=True, exist_ok=True)
+        write_verification_set(partial / "synthetic.bin", verify_identities, verify_images, pairs, seed, tick=tick)
         # From here to the last line the folder holds old and new files: the stamp says so.
         (output / _STAMP).write_text(json.dumps({"unfinished": True}))
-        for name in names:
+        for name in _NAMES:
             os.replace(partial / name, output / name)
         (partial / _STAMP).write_text(json.dumps(wanted))
         os.replace(partial / _STAMP, output / _STAMP)
+        if present and present.get("generator") == 1:  # which called its pairs lfw
+            (output / "lfw.bin").unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"{output}: cannot be written ({error.strerror}): free some space or choose another folder"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if new and output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
     return True
 
 
 def _read_stamp(output: Path) -> Optional[dict]:
     try:
-        stamp = json.loads((output / _STAMP).read_text())
-    except (OSError, ValueError):
+        stamp = json.loads(read_file(output / _STAMP, 1 << 16))
+    except (DamagedItem, ValueError, RecursionError):
         return None
-    return stamp if isinstance(stamp, dict) else None
+    return stamp if isinstance(stamp, dict) and stamp.keys() & {"generator", "unfinished"} else None
 
 
 def main() -> None:
     """Command line: python -m data.synthetic --output DIR."""
-    parser = argparse.ArgumentParser(prog="python -m data.synthetic", description="Draw a training set of faces.")
-    parser.add_argument("--output", required=True, help="folder for train.rec, train.idx, property and lfw.bin")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.synthetic",
+        description="Make a training set of synthetic faces, and pairs of other ones to verify on.",
+    )
+    parser.add_argument("--output", required=True, help="folder for train.rec, train.idx, property and synthetic.bin")
     parser.add_argument("--identities", type=int, default=40)
     parser.add_argument("--images_per_identity", type=int, default=40)
-    parser.add_argument("--verify_identities", type=int, default=40, help="other people, for lfw.bin")
+    parser.add_argument("--verify_identities", type=int, default=40, help="other people, for synthetic.bin")
     parser.add_argument("--verify_images", type=int, default=10, help="images of each of them")
     parser.add_argument("--pairs", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
@@ -216,8 +229,8 @@ def main() -> None:
     try:
         from tqdm import tqdm
 
-        total = args.identities * args.images_per_identity + args.verify_identities * args.verify_images
-        with tqdm(total=total, unit="image", desc="drawing faces", disable=None) as bar:
+        total = max(0, args.identities * args.images_per_identity + args.verify_identities * args.verify_images)
+        with tqdm(total=total, unit="image", desc="synthetic faces", disable=None) as bar:
             made = generate(**vars(args), tick=bar.update)
     except DataError as error:
         sys.exit(f"error: {error}")

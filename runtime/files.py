@@ -6,9 +6,11 @@ a power cut leaves the old file or the new one, and two runs that write the same
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,6 +22,19 @@ from runtime.errors import UserError
 # A killed process leaves its temporary file; one that nobody has written to for this long has no owner.
 STALE_S = 3600.0
 _BLOCK_BYTES = 1 << 20
+
+
+def open_regular(path):
+    """A file opened to read bytes. OSError for what cannot be, and at once for a pipe or a device, on which a reader
+    would wait for ever or without end."""
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    except ValueError:
+        raise OSError(errno.EINVAL, "no name of a file", path) from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return file
 
 
 @contextmanager

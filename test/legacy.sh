@@ -52,7 +52,7 @@ step "one rank, resumed" launch rest train_full_1p --epochs=2 --resume="$(echo "
 step "resuming changes nothing" same_losses
 export RANK_SIZE=2
 step "two ranks" launch two train_full_8p --epochs=1
-step "verification on two ranks" launch eval train_eval_8p --val_targets=lfw --pth_path="$(echo "$work"/half/models/*.pth)"
+step "verification on two ranks" launch eval train_eval_8p --val_targets=synthetic --pth_path="$(echo "$work"/half/models/*.pth)"
 
 printf '\n'
 if [ "${#failed[@]}" -gt 0 ]; then

@@ -4,7 +4,8 @@ python -m tools.prepare_data --rec_path data/faces_emore
 
 Training reads train.rec directly and faster; this is for those who want the images as files, or want the layout of
 the older project. Unlike its own tool the images keep their bytes and all channels are RGB, which is recorded in
-`imgs_channel_order.txt` and `<set>_channel_order.txt`. An interrupted run is continued where it stopped.
+`imgs_channel_order.txt` and `<set>_channel_order.txt`. An interrupted run is continued where it stopped; a folder
+that this command did not make is left alone.
 """
 
 from __future__ import annotations
@@ -21,13 +22,26 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python tools/prepare_data.py
 
+from data.convert import image_suffix
 from data.images import channel_order_path
 from data.insightface import RecordIODataset
 from data.pairs import VERIFICATION_SETS, load_pairs
-from runtime.errors import DamagedItem, DataError
+from runtime.errors import DamagedItem, DataError, printable
+from runtime.files import atomic_file, temporary_path, write_text
 from runtime.log import run_command
 
-_SUFFIXES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"RIFF", ".webp"))
+_MARK = ".made_by_prepare_data"  # inside every folder that is made here
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is there and was made here; DataError where something else stands in its place."""
+    if not os.path.lexists(folder):
+        return False
+    if not (folder / _MARK).is_file():
+        raise DataError(
+            f"{folder}: is there and was not made by this command: move it away, or choose another --output"
+        )
+    return True
 
 
 def unpack_images(rec_path: Path, folder: Path) -> tuple[int, int]:
@@ -36,26 +50,26 @@ def unpack_images(rec_path: Path, folder: Path) -> tuple[int, int]:
     Files that are there with the right size stay. Raises DataError if the set cannot be read or the disk is full.
     """
     dataset = RecordIODataset(rec_path)
-    channel_order_path(folder).parent.mkdir(parents=True, exist_ok=True)
-    channel_order_path(folder).write_text("rgb\n")
+    if not _is_ours(folder):
+        folder.mkdir(parents=True)
+        (folder / _MARK).touch()
+        write_text(channel_order_path(folder), "rgb\n", DataError)
     written, damaged = 0, 0
     for index in tqdm(range(len(dataset)), desc=f"{rec_path.name} to {folder.name}", unit="image", disable=None):
         try:
             data, label = dataset.encoded(index)
         except DamagedItem as error:
-            tqdm.write(f"skipped {dataset.describe(index)}: {error}")
+            tqdm.write(printable(f"skipped {dataset.describe(index)}: {error}"))
             damaged += 1
             continue
         if label < 0:
             raise DataError(f"{dataset.describe(index)}: label {label} is no class: the file is damaged")
-        suffix = next((suffix for magic, suffix in _SUFFIXES if bytes(data[:4]).startswith(magic)), ".jpg")
-        path = folder / str(label) / f"{dataset.key(index)}{suffix}"
+        path = folder / str(label) / f"{dataset.key(index)}{image_suffix(data)}"
         if path.is_file() and path.stat().st_size == len(data):
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        with atomic_file(path, DataError) as file:
+            file.write(data)
         written += 1
     return written, damaged
 
@@ -68,6 +82,8 @@ def unpack_pairs(bin_path: Path, folder: Path) -> bool:
     answers = folder.with_name(folder.name + "_list.npy")
     if answers.is_file() and (folder / "meta" / "sizes").is_file():
         return False  # the list is written last
+    if answers.exists():
+        raise DataError(f"{answers}: is there without {folder}: move it away, or choose another --output")
     try:
         import bcolz
     except ImportError:
@@ -76,26 +92,31 @@ def unpack_pairs(bin_path: Path, folder: Path) -> bool:
             "the .bin as it is (verification reads it)"
         ) from None
     images, issame = load_pairs(bin_path)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    interrupted = _is_ours(folder)
+    partial = temporary_path(folder)
     height, width = images.size
-    array = bcolz.fill((len(images), 3, height, width), dtype=np.float32, rootdir=str(partial), mode="w")
-    for row in tqdm(range(len(images)), desc=f"{bin_path.name} to {folder.name}", unit="image", disable=None):
-        array[row] = (images[row].transpose(2, 0, 1).astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.5)
-    array.flush()
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    channel_order_path(folder).write_text("rgb\n")
-    partial_answers = answers.with_name("partial_" + answers.name)
-    np.save(partial_answers, issame)
-    os.replace(partial_answers, answers)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        array = bcolz.fill((len(images), 3, height, width), dtype=np.float32, rootdir=str(partial), mode="w")
+        for row in tqdm(range(len(images)), desc=f"{bin_path.name} to {folder.name}", unit="image", disable=None):
+            array[row] = (images[row].transpose(2, 0, 1).astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.5)
+        array.flush()
+        (partial / _MARK).touch()
+        if interrupted:
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    write_text(channel_order_path(folder), "rgb\n", DataError)
+    with atomic_file(answers, DataError) as file:
+        np.save(file, issame)
     return True
 
 
 def prepare(rec_path: Path, output: Optional[Path] = None) -> list[str]:
     """Unpack everything found in folder `rec_path` into `output` (None: itself) -> one line for each thing done."""
     if not rec_path.is_dir() and (Path("data") / rec_path).is_dir():
-        rec_path = Path("data") / rec_path  # the lineage names folders beneath data/
+        rec_path = Path("data") / rec_path  # InsightFace_Pytorch names folders beneath data/
     if not rec_path.is_dir():
         raise DataError(f"{rec_path}: no such folder: give the one that holds train.rec as --rec_path")
     output = output or rec_path

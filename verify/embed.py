@@ -5,6 +5,7 @@ Shapes: N images, D embedding size, B images of a batch.
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -17,6 +18,8 @@ from runtime.errors import PairError
 from runtime.shard import RowShard
 from verify import plot
 from verify.protocol import PairResult, evaluate_pairs
+
+log = logging.getLogger(__name__)
 
 # torch 1.8 has no inference_mode
 without_gradient = getattr(torch, "inference_mode", torch.no_grad)
@@ -81,7 +84,7 @@ def embed_images(
 def verify(
     model, pair_sets, device, world=ALONE, batch_size=128, flip_sum=False, autocast=nullcontext, folds=10, *, to_input
 ) -> dict[str, PairResult]:
-    """Judge each set of `pair_sets`, {name: (images of 2N, issame_N)}; arguments as for `embed_images`.
+    """Evaluate each set of `pair_sets`, {name: (images of 2N, issame_N)}; arguments as for `embed_images`.
 
     Raises PairError that begins with the set's name, for example where the model's output is not finite.
     """
@@ -90,6 +93,8 @@ def verify(
         try:
             emb_2ND = embed_images(model, images, device, world, batch_size, flip_sum, autocast, to_input=to_input)
             results[name] = evaluate_pairs(emb_2ND, issame_N, folds)
+            if results[name].caution:
+                log.warning("%s: %s", name, results[name].caution)
         except PairError as error:
             raise PairError(f"{name}: {error}") from error
     return results
@@ -108,6 +113,7 @@ def as_record(result: PairResult) -> dict:
         "folds": [fold._asdict() for fold in result.folds],
         "pairs": result.pairs,
         "same": result.same,
+        "caution": result.caution,
     }
 
 

@@ -6,7 +6,7 @@ its PyTorch port), so numbers compare with theirs:
 - the distance of a pair is the squared L2 distance of its two embeddings, and a pair is accepted as "same" where
   that distance is *below* the threshold;
 - thresholds are 0, 0.01, ... 3.99; folds are contiguous, the first `pairs % folds` of them one pair longer;
-- each fold is judged with the threshold that was most accurate on all other folds (the smallest one on a tie);
+- each fold is evaluated with the threshold that was most accurate on all other folds (the smallest one on a tie);
 - accuracy and threshold are means over folds, std is the population's; the ROC is the mean of the folds' curves, in
   which a fold without same (different) pairs counts as a rate of 0.
 
@@ -50,6 +50,7 @@ class PairResult:
     """What a set of pairs says about a model.
 
     `tar_at_far` holds None for a rate that the set is too small to speak about; `why_not` says why, by rate.
+    `caution` is empty, or says why accuracy, threshold and ROC mean nothing.
     """
 
     accuracy: float
@@ -61,6 +62,7 @@ class PairResult:
     folds: tuple[Fold, ...]
     pairs: int
     same: int
+    caution: str = ""
 
 
 def pair_distances(embeddings_2ND: np.ndarray) -> np.ndarray:
@@ -91,9 +93,9 @@ def pair_distances(embeddings_2ND: np.ndarray) -> np.ndarray:
 
 
 def evaluate_pairs(embeddings_2ND, issame_N, folds: int = 10) -> PairResult:
-    """Judge pairs of unit embeddings: row 2i and row 2i+1 are pair i, which shows one person where `issame_N[i]`.
+    """Evaluate pairs of unit embeddings: row 2i and row 2i+1 are pair i, which shows one person where `issame_N[i]`.
 
-    A set with pairs of one kind only has an accuracy, but no TAR at FAR, and its ROC says nothing.
+    A set with pairs of one kind only has numbers that say nothing, and a `caution` that says so.
     Raises PairError for lengths that do not fit, fewer pairs than folds, and what `pair_distances` refuses.
     """
     distance_N = pair_distances(np.asarray(embeddings_2ND))
@@ -101,10 +103,9 @@ def evaluate_pairs(embeddings_2ND, issame_N, folds: int = 10) -> PairResult:
     if len(distance_N) != len(same_N):
         raise PairError(f"{2 * len(distance_N)} embeddings are not two for each of {len(same_N)} pairs")
     if folds < 2:
-        raise PairError(f"{folds} folds: at least 2 are needed, one to judge and one to choose its threshold")
+        raise PairError(f"{folds} folds: at least 2 are needed, one to evaluate and one to choose its threshold")
     if len(same_N) < folds:
         raise PairError(f"{len(same_N)} pairs cannot fill {folds} folds: use a larger set or fewer folds")
-
     accepted_FKT, total_FK = _count_accepted(distance_N, same_N, folds)
     false_FT, true_FT = accepted_FKT[:, 0], accepted_FKT[:, 1]
     different_F1, same_F1 = total_FK[:, :1], total_FK[:, 1:]
@@ -131,11 +132,25 @@ def evaluate_pairs(embeddings_2ND, issame_N, folds: int = 10) -> PairResult:
         folds=tuple(Fold(float(a), float(t)) for a, t in zip(accuracy_F, threshold_F)),
         pairs=len(same_N),
         same=int(same_N.sum()),
+        caution=_one_kind(same_N),
+    )
+
+
+def _one_kind(same_N) -> str:
+    if same_N.any() and not same_N.all():
+        return ""
+    kind = "one person" if same_N.all() else "two people"
+    return (
+        f"all {len(same_N)} pairs show {kind}: accuracy, threshold and ROC cannot be evaluated and mean nothing; "
+        "pairs of both kinds are needed"
     )
 
 
 def _as_bools(issame_N) -> np.ndarray:
-    same_N = np.asarray(issame_N)
+    try:
+        same_N = np.asarray(issame_N)
+    except ValueError:  # lists of different lengths
+        raise PairError("issame is no list of bools: expected one a pair") from None
     if same_N.ndim != 1:
         raise PairError(f"issame has shape {same_N.shape}: expected one bool a pair")
     if same_N.dtype != bool and not np.isin(same_N, (0, 1)).all():

@@ -12,6 +12,7 @@ A target is a decorated function in targets/: see `target`.
 from __future__ import annotations
 
 import argparse
+import codecs
 import faulthandler
 import hashlib
 import importlib
@@ -344,6 +345,19 @@ def prepared(case_target: Target) -> list[Sample]:
     """The samples of a target, each read once here: what they import stays for the forked processes."""
     case_target.prepare()
     samples = [s if isinstance(s, Sample) else Sample.of(s) for s in case_target.samples()]
+    for codec in (
+        "utf-8-sig",
+        "utf-16",
+        "utf-16-be",
+        "utf-16-le",
+        "utf-32",
+        "utf-32-be",
+        "utf-32-le",
+        "latin-1",
+        "ascii",
+        "idna",
+    ):
+        codecs.lookup(codec)
     handlers, streams, here = logging.getLogger().handlers[:], (sys.stdout, sys.stderr), os.getcwd()
     for number, sample in enumerate(samples):
         with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import pickle
 import struct
 
@@ -11,6 +12,7 @@ import pytest
 from tiny_set import jpeg, make_tiny_set
 from workers_data import digest, encode, picture
 
+import config
 from data import DATA_MODES, base64_reader, kv_bin, open_dataset
 from data.base64_reader import Base64Dataset
 from data.files import PackedStrings
@@ -127,8 +129,8 @@ def test_image_list(tmp_path, separator, end):
 
 def test_list_lines(tmp_path):
     path = tmp_path / "label.txt"
-    path.write_text("# 7.jpg 3\n\na b\t4\n")
-    assert list(read_list(path)) == [("# 7.jpg", 3), ("a b", 4)]
+    path.write_text("\ufeffa.jpg 1\n# 7.jpg 3\n\na b\t4\n", encoding="utf-8")
+    assert list(read_list(path)) == [("a.jpg", 1), ("a b", 4)]  # neither comment nor byte-order mark is a class
 
 
 def test_written_list(tmp_path):
@@ -145,6 +147,9 @@ def test_written_list(tmp_path):
         ("b.jpg x", "line 2"),
         ("b.jpg -1", "line 2"),
         ("b.jpg 1.5", "line 2"),
+        ("b.jpg " + "9" * 5000, "line 2"),
+        ("b.jpg 9223372036854775808", "line 2"),
+        ("b.jpg \u0663", "line 2"),  # a digit, elsewhere
         ("../b.jpg 0", "line 2: path '../b.jpg' leaves"),
         ("/b.jpg 0", "line 2: path"),
     ],
@@ -359,3 +364,59 @@ def test_paths_that_hold_no_set(tmp_path):
     assert len(open_dataset(tmp_path)) == len(open_dataset(tmp_path / "a.rec")) == 20
     (tmp_path / "b.rec").write_bytes(b"")
     _fails("holds 2 .rec files and none is train.rec", tmp_path)
+
+
+# what lies about in folders
+
+
+def test_links_in_a_circle_neither_multiply_the_set_nor_hang(tmp_path, caplog):
+    plain = len(open_dataset(_image_folder(tmp_path / "imgs")))
+    for name in ("a", "b"):
+        (tmp_path / "imgs" / "2" / name).symlink_to(".")
+        (tmp_path / "imgs" / "2" / f"up_{name}").symlink_to("..")
+    assert len(open_dataset(tmp_path / "imgs")) == plain
+    assert "a link to a folder that is in the set already: left out" in caplog.text
+    (tmp_path / "imgs" / "again").symlink_to(".")  # a class that is the set itself
+    _fails("again: this class folder holds no image", tmp_path)
+
+
+def test_what_is_no_file_or_too_long_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "label.txt")  # reading it would wait for ever
+    _fails("label.txt: no such file or folder", tmp_path / "label.txt")
+    os.unlink(tmp_path / "label.txt")
+    os.mkfifo(tmp_path / "a.jpg")
+    _put(tmp_path / "b.jpg", jpeg(0, 0))
+    with open(tmp_path / "c.jpg", "wb") as file:
+        file.truncate(6 << 30)
+    (tmp_path / "label.txt").write_text("b.jpg 0\na.jpg 0\nc.jpg 0\n")
+    dataset = open_dataset(tmp_path)
+    for index, match in ((1, "a.jpg: cannot be read .not a regular file"), (2, "c.jpg: is 6442450944 bytes long")):
+        with pytest.raises(DamagedItem, match=match):
+            dataset[index]
+
+
+# a format of one's own
+
+
+def test_a_format_of_ones_own(tmp_path, root, monkeypatch):
+    """The example of docs/own_data.md, run: a dataset and a verification set in a format that is not the project's."""
+    import data
+    from data import pairs
+
+    text = (root / "docs" / "own_data.md").read_text(encoding="utf-8")
+    (tmp_path / "own_data.py").write_text(text.split("```python\n")[1].split("```")[0])
+    faces_NHWC = np.stack([np.full((112, 112, 3), 30 * number, np.uint8) for number in range(6)])
+    np.savez(tmp_path / "faces.npz", images=faces_NHWC, labels=np.arange(6) // 2)
+    np.savez(tmp_path / "lfw.pairs.npz", images=faces_NHWC[:4], same=np.array([True, False]))
+    monkeypatch.setattr(data, "FORMATS", list(data.FORMATS))
+    monkeypatch.setattr(pairs, "FORMATS", list(pairs.FORMATS))
+    config.load_plugins([str(tmp_path / "own_data.py")])
+    for dataset in (open_dataset(tmp_path), open_dataset(tmp_path, "npz"), open_dataset(tmp_path / "faces.npz")):
+        assert (len(dataset), dataset.num_classes) == (6, 3)
+        assert dataset[5][1] == 2 and (dataset[5][0] == 150).all()
+    batch = next(iter(data.build_loader(open_dataset(tmp_path), 6)))
+    assert sorted(batch.labels_B.tolist()) == [0, 0, 1, 1, 2, 2]
+    images, issame = pairs.load_pairs(pairs.find_pair_sets(tmp_path)["lfw"])
+    assert (images[0:4] == faces_NHWC[:4]).all() and issame.tolist() == [True, False]
+    with pytest.raises(DataError, match="there is one of this name already"):
+        data.register("npz")(None)

@@ -158,3 +158,17 @@ def test_a_sheet_shows_damaged_images_black(tmp_path, shared):
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert not sheet[:, -112:].any()  # fewer images than columns
     assert sheet[:112, :112].any()
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled_and_not_cut(format):
+    grey_HW = np.arange(0, 65536, 64, np.uint16).reshape(32, 32)
+    image_HWC = decode_image(encode(grey_HW, format))
+    expected_HW = np.rint(grey_HW / 257).astype(np.uint8)
+    np.testing.assert_array_equal(image_HWC, np.repeat(expected_HW[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("dtype, name", [(np.float32, "float"), (np.int32, "32-bit")])
+def test_numbers_without_a_known_range_are_refused(dtype, name):
+    with pytest.raises(DamagedItem, match=f"holds {name} numbers: convert it to 8 bits"):
+        decode_image(encode(np.ones((8, 8), dtype), "TIFF"))

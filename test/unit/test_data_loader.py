@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -283,3 +286,22 @@ def test_memory_is_pinned_for_the_device_that_copies_from_it(monkeypatch, versio
     monkeypatch.setattr(torch, "__version__", version)
     build_loader(Numbers(20), 4, pin_memory=kind)
     assert (told["pin_memory"], told["pin_memory_device"]) == (pinned, named)
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    loader = build_loader(SyntheticDataset(400, 4), 4, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match="a loader process is gone .*Lower --num_workers and resume"):
+        for _batch in batches:
+            pass
+
+
+def test_where_to_go_on_with_another_batch_size():
+    """No image of the rest of the epoch is lost, and what comes twice is less than a batch."""
+    for images, batch, ranks in ((960, 32, 1), (960, 24, 2), (960, 7, 1), (0, 5, 3), (1000, 5, 1)):
+        sampler = BatchSampler(1000, batch, 0, ranks)
+        step = sampler.step_after(images)
+        assert 0 <= images - step * batch * ranks < batch * ranks or step == sampler.steps

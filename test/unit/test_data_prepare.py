@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,3 +92,28 @@ def test_command_line(tmp_path, root):
     assert done.returncode == 0 and done.stdout == "imgs: 2 images written, 0 damaged\n"
     done = subprocess.run([*command, str(tmp_path / "no")], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_what_it_did_not_make_stays(tmp_path):
+    pytest.importorskip("bcolz")
+    make_tiny_set(tmp_path, classes=2, shots=2, pairs=5)
+    mine = {}
+    for name in ("lfw/mine.txt", "lfw.partial/mine.txt", "imgs/0/mine.jpg", "imgs_channel_order.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("bgr\n")
+        mine[path] = path.read_bytes()
+    for name in ("imgs", "lfw"):
+        with pytest.raises(DataError, match=f"{name}: is there and was not made by this command: move it away"):
+            prepare(tmp_path)
+        assert all(path.read_bytes() == content for path, content in mine.items())
+        (tmp_path / name).rename(tmp_path / f"{name}_moved")
+        mine = {Path(str(path).replace(f"/{name}/", f"/{name}_moved/")): text for path, text in mine.items()}
+        mine.pop(tmp_path / "imgs_channel_order.txt", None)  # that of the folder which is moved away
+    assert prepare(tmp_path) == ["imgs: 0 images written, 0 damaged", "lfw: written"]
+    assert all(path.read_bytes() == content for path, content in mine.items())
+    (tmp_path / "lfw" / ".made_by_prepare_data").unlink()
+    (tmp_path / "lfw_list.npy").unlink()
+    with pytest.raises(DataError, match="lfw: is there and was not made by this command"):
+        prepare(tmp_path)
+    assert (tmp_path / "lfw" / "meta" / "sizes").is_file()

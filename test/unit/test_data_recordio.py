@@ -379,3 +379,24 @@ def test_record_without_image(tmp_path):
 def test_images_of_another_size(tmp_path):
     write_records(tmp_path, [pack(0, jpeg(0, shot, size=64)) for shot in range(2)])
     _fails(tmp_path, "key 0: images are 64x64, 112x112 is needed: align and crop")
+
+
+def test_labels_out_of_any_range_end_at_once(tmp_path):
+    huge = struct.pack("<IfQQ2f", 2, 0, 0, 0, 1e30, 2e30)  # the search for rounded keys would never end
+    write_records(tmp_path, [huge, pack(0, jpeg(0, 0))])
+    _fails(tmp_path, "header record announces")
+    write_records(tmp_path, [struct.pack("<IfQQ", 0, label, 0, 0) + jpeg(0, 0) for label in (0.0, 1e30)])
+    dataset = open_dataset(tmp_path)
+    assert dataset.labels.tolist() == [0, -1] and dataset.num_classes == 1
+    with pytest.raises(DataError, match="key 1: label -1 is outside"):
+        dataset[1]
+    with pytest.raises(DamagedItem, match="claims 5000 labels"):
+        unpack(struct.pack("<IfQQ", 5000, 0, 0, 0) + bytes(20000))
+
+
+@pytest.mark.parametrize("offset", [2**63 - 1, 2**63, 2**64, 10**400])
+def test_offsets_beyond_any_file(tmp_path, offset):
+    make_tiny_set(tmp_path)
+    with open(tmp_path / "train.idx", "a") as file:
+        file.write(f"999\t{offset}\n")
+    _fails(tmp_path, "past the end|is not 'key<TAB>offset'")

@@ -1,8 +1,9 @@
-"""Drawn faces: the same for the same seed, other people for verification, written whole or not at all."""
+"""Synthetic faces: the same for the same seed, other people for verification, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -10,13 +11,13 @@ import pytest
 
 from data import open_dataset, synthetic
 from data.faces import draw_face, draw_identity
-from data.pairs import load_pairs, read_bin
+from data.pairs import find_pair_sets, load_pairs, read_bin
 from runtime.errors import DataError
 
 pytestmark = pytest.mark.core
 
 SMALL = dict(identities=3, images_per_identity=4, verify_identities=3, verify_images=2, pairs=40)
-NAMES = ("train.rec", "train.idx", "property", "lfw.bin")
+NAMES = ("train.rec", "train.idx", "property", "synthetic.bin")
 
 
 def _contents(folder) -> dict:
@@ -34,13 +35,13 @@ def test_layout(made):
     dataset = open_dataset(made)
     assert dataset.num_classes == 3 and dataset.labels.tolist() == np.repeat(range(3), 4).tolist()
     assert [dataset[index][1] for index in range(12)] == dataset.labels.tolist()
-    images, issame = load_pairs(made / "lfw.bin")
+    images, issame = load_pairs(made / "synthetic.bin")
     assert len(images) == 80 and images[:].shape == (80, 112, 112, 3)
     np.testing.assert_array_equal(issame, [True, True, False, False] * 10)  # every fold of 4
 
 
 def test_pairs_are_two_images_of_one_person_or_of_two(made):
-    encoded, issame = read_bin(made / "lfw.bin")
+    encoded, issame = read_bin(made / "synthetic.bin")
     people = {
         synthetic._jpeg(synthetic._person(0, 1, number), 0, 1, number, image, 112): number
         for number in range(3)
@@ -53,7 +54,7 @@ def test_pairs_are_two_images_of_one_person_or_of_two(made):
 
 def test_verification_shows_other_people(made):
     train = {bytes(open_dataset(made).encoded(index)[0]) for index in range(12)}
-    assert not train & set(read_bin(made / "lfw.bin")[0])
+    assert not train & set(read_bin(made / "synthetic.bin")[0])
     trained = [synthetic._person(0, synthetic._TRAIN, number) for number in range(40)]
     for number in range(40):
         person = synthetic._person(0, synthetic._VERIFY, number)
@@ -119,10 +120,10 @@ def test_interrupted_while_moving_in(tmp_path):
 
 
 def test_someone_elses_data_is_not_overwritten(tmp_path):
-    (tmp_path / "lfw.bin").write_bytes(b"precious")
+    (tmp_path / "synthetic.bin").write_bytes(b"precious")
     with pytest.raises(DataError, match="holds a data set which was not made here"):
         synthetic.generate(tmp_path, **SMALL)
-    assert (tmp_path / "lfw.bin").read_bytes() == b"precious"
+    assert (tmp_path / "synthetic.bin").read_bytes() == b"precious"
 
 
 def test_impossible_wishes(tmp_path):
@@ -149,3 +150,26 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*arguments, "--identities=0"])
     with pytest.raises(SystemExit, match="^error: a synthetic set needs"):
         synthetic.main()
+
+
+def test_where_and_how_much(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert synthetic.generate(".", **SMALL) and (tmp_path / "synthetic.bin").is_file()
+    for wish in ({"seed": -1}, {"seed": 2**32}, {"identities": 10**9}, {"pairs": 10**12}):
+        with pytest.raises(DataError, match="--seed|choose a smaller one"):
+            synthetic.generate(tmp_path / "set", **{**SMALL, **wish})
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe: cannot be written"):
+        synthetic.generate(tmp_path / "pipe", **SMALL)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "synthetic.json").write_text("{}")  # somebody's, no stamp of ours
+    with pytest.raises(DataError, match="not made here"):
+        synthetic.generate(tmp_path / "other", **SMALL)
+
+
+def test_what_an_older_version_called_lfw_goes(tmp_path):
+    for name in ("train.rec", "train.idx", "property", "lfw.bin"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "synthetic.json").write_text(json.dumps({"generator": 1}))
+    assert synthetic.generate(tmp_path, **SMALL)
+    assert sorted(find_pair_sets(tmp_path)) == ["synthetic"]

@@ -129,10 +129,11 @@ def test_two_ranks_judge_what_one_judges(folder, tmp_path):
     assert json.loads((tmp_path / "both" / "evaluation.json").read_text())["ranks"] == 2
 
 
-def test_a_set_of_ten_pairs_of_one_kind(folder, tmp_path, shared):
+def test_a_set_of_ten_pairs_of_one_kind(folder, tmp_path, shared, caplog):
     path = shared / "real" / "tipc" / "small_lfw.bin"
     config = arguments(folder, "ours.pth", f"--output={tmp_path}", f"--data_path={path}")
     assert run(config)["small_lfw"].pairs == 10
+    assert "small_lfw: all 10 pairs show one person: accuracy, threshold and ROC cannot be evaluated" in caplog.text
     assert report.write_report(tmp_path, tmp_path)["verification"][0]["trained"]["same"] == 10
 
 

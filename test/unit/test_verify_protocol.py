@@ -95,13 +95,12 @@ def test_tar_at_far_needs_enough_different_pairs():
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_set_of_one_kind_has_an_accuracy_and_says_what_it_lacks(same):
+def test_a_set_of_one_kind_says_that_it_cannot_be_evaluated(same):
+    kind = "one person" if same else "two people"
     result = evaluate_pairs(pairs_at(*[0, 2] * 5), [same] * 10)
-    assert result.accuracy == 1.0  # 2.01 accepts all same pairs, 0 rejects all different ones
-    assert result.threshold == pytest.approx(2.01 if same else 0.0, abs=1e-12)
-    assert result.tar_at_far == {1e-3: None, 1e-4: None}
-    assert "one kind only" in result.why_not[1e-3]
-    assert not (result.roc.fpr if same else result.roc.tpr).any()
+    assert result.caution.startswith(f"all 10 pairs show {kind}: accuracy, threshold and ROC cannot be evaluated")
+    assert result.tar_at_far == {1e-3: None, 1e-4: None} and "one kind only" in result.why_not[1e-3]
+    assert evaluate_pairs(pairs_at(*[0, 2] * 5), [same] * 9 + [not same]).caution == ""
 
 
 def test_half_precision_rows_are_unit_enough_and_the_input_stays():
@@ -129,6 +128,7 @@ def broken(value):
     (broken(9), [True] * 20, 10, "pair 3 is 81 apart, .*: normalise"),
     (np.zeros(20), [True] * 10, 10, "expected"),
     (pairs_at(*[0] * 10), np.ones((10, 1)), 10, "one bool a pair"),
+    (pairs_at(*[0] * 10), [True] * 9 + [[True, False]], 10, "one a pair"),
     (pairs_at(*[0] * 10), [0, 1] * 4 + [2, 3], 10, "other than true and false"),
     (pairs_at(*[0] * 10), [True] * 9 + [float("nan")], 10, "other than true and false"),
 ])  # fmt: skip

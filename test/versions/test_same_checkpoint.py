@@ -119,7 +119,7 @@ def test_every_version_reads_what_every_other_wrote(root, pythons, trained_on, t
             f"--pth_path={checkpoint}",
             "--device_type=cpu",
             f"--data_path={checkpoint.parents[2] / 'set'}",
-            "--val_targets=lfw",
+            "--val_targets=synthetic",
             f"--run_dir={tmp_path / reader}",
         )
         lines = map(json.loads, (tmp_path / reader / "metrics.jsonl").read_text().splitlines())
