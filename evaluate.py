@@ -1,14 +1,13 @@
 """Verify a network: `python evaluate.py --pth_path=model.pth [--data_path=FOLDER_OR_SET]`, alone or under torchrun.
 
-The weights may be this project's or a known lineage's; they say themselves which network they are for. Their images
-come in the order that the checkpoint records, for others' weights the one of `--channel_order`. Computes in fp32
+The weights may be this project's or a known upstream project's; they say themselves which network they are for, and
+which channel order it takes, unless `--weights_channel_order` says otherwise. Computes in fp32
 unless `--opt_level` says otherwise. Prints a table, and leaves evaluation.json and roc.png in `--output`,
 metrics.jsonl (for report.py) in `--run_dir`; one of the two stands for both, work_space/evaluation for neither.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import config as options
 import report
 from configs import RECIPES
-from runtime import log
+from runtime import files, log
 
 logger = logging.getLogger(__name__)
 
@@ -59,23 +58,41 @@ def find_sets(config) -> dict[str, Path]:
 
 
 def evaluate(config, sets: dict[str, Path], device, world) -> dict:
-    """Judge the weights of `config.pth_path` on every set; rank 0 prints and writes. Returns {name: PairResult}."""
-    from learner import Learner
+    """Evaluates the weights of `config.pth_path` on every set; rank 0 prints and writes. Returns {name: PairResult}."""
+    from recognizer import Recognizer
     from verify import embed
 
     started = time.time()
-    if config.opt_level == "auto":
-        config = options.replace(config, opt_level="O0")
-    config = options.replace(config, **architecture(config.pth_path))
-    learner = Learner(config, device, world, training=False)
+    tuned = device.tune(config.tf32, config.autotune)
+    recognizer = Recognizer.load(
+        config.pth_path,
+        device,
+        config.weights_channel_order or None,
+        "O0" if config.opt_level == "auto" else config.opt_level,
+        config.memory_format,
+        world,
+    )
+    fast_paths = {**recognizer.fast_paths, **tuned}
     run_dir = Path(config.run_dir or config.output or Path(config.work_path) / "evaluation")
     folder = Path(config.output or run_dir)
     with log.RunLog(run_dir, world, config.as_dict(), tensorboard=False) as run_log:
         run_log.record(
-            "run", task="evaluate", case=config.case, network=learner.network, batch_size=config.eval_batch_size,
-            device=device.describe(), command=log.command_line(config.fs_ugi), fast_paths=learner.fast_paths(),
+            "run", task="evaluate", case=config.case, network=recognizer.name, batch_size=config.eval_batch_size,
+            device=device.describe(), command=log.command_line(config.fs_ugi), fast_paths=fast_paths,
         )  # fmt: skip
-        results = learner.evaluate(sets)
+        results = {}
+        for name, path in sets.items():
+            with log.progress_bar(world, f"verifying on {name}", "image") as bar:
+                results.update(
+                    recognizer.verify(
+                        {name: path},
+                        world,
+                        config.eval_batch_size,
+                        config.flip_sum,
+                        config.channel_order or None,
+                        progress=bar.update,
+                    )
+                )
         records = {name: embed.as_record(result) for name, result in results.items()}
         for name, record in records.items():
             run_log.record("verify", step=0, epoch=0, set=name, untrained=False, **record)
@@ -85,11 +102,11 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
         print("\n".join(report.result_lines(table)))
         facts = {
             "weights": str(config.pth_path),
-            "network": learner.network,
-            "embedding_size": config.embedding_size,
-            "channel_order": learner.channel_order,
+            "network": recognizer.name,
+            "embedding_size": recognizer.architecture["embedding_size"],
+            "channel_order": recognizer.channel_order,
             "flip_sum": config.flip_sum,
-            "opt_level": learner.precision.policy.name,
+            "opt_level": fast_paths["opt_level"],
             "ranks": world.size,
             "device": device.describe(),
             "versions": log.versions(),
@@ -97,22 +114,10 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
             "sets": {name: {"path": str(sets[name]), **record} for name, record in records.items()},
         }
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "evaluation.json").write_text(json.dumps(log.plain(facts), indent=2) + "\n", encoding="utf-8")
+        files.write_json(folder / "evaluation.json", log.plain(facts))
         save_roc(results, folder / "roc.png")
         logger.info("results are in %s", folder)
     return results
-
-
-def architecture(pth_path) -> dict:
-    """Which network a file's weights are for, as options."""
-    from checkpoint import reshard, sharded, store
-    from model import foreign
-
-    state = sharded.load(reshard.find(pth_path), {})[0] if Path(pth_path).is_dir() else store.load_pth(pth_path)
-    found = foreign.recognise(state, place=pth_path)
-    # a network of one depth has none to tell
-    depth = {} if found.net_depth is None else {"net_depth": found.net_depth}
-    return {"net_mode": found.net_mode, "embedding_size": found.embedding_size, **depth}
 
 
 def save_roc(results: dict, path: Path) -> None:

@@ -161,6 +161,34 @@ def with_warmup(schedule: Schedule, warmup_steps: int) -> Schedule:
     return lambda step: schedule(step) * min(1.0, (step + 1) / warmup_steps)
 
 
+def range_test(step: Callable[[float], float], lowest: float = 1e-6, highest: float = 10.0, steps: int = 100):
+    """Learning-rate range test (arXiv 1506.01186): raises the rate from lowest to highest over `steps` updates.
+
+    step: one update at that rate -> its loss. Stops early where the smoothed loss passes four times its lowest.
+    Returns (rates, smoothed losses).
+    """
+    rates, losses, smooth = [], [], 0.0
+    for i in range(steps):
+        lr = lowest * (highest / lowest) ** (i / max(1, steps - 1))
+        smooth = 0.95 * smooth + 0.05 * step(lr)
+        rates.append(lr)
+        losses.append(smooth / (1 - 0.95 ** (i + 1)))  # the mean's start from zero, corrected
+        if not losses[-1] < 4 * min(losses):
+            break
+    return rates, losses
+
+
+def range_figure(rates: Sequence[float], losses: Sequence[float]):
+    """The smoothed loss over the learning rate, as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), dpi=150, constrained_layout=True)
+    axes = figure.add_subplot()
+    axes.plot(rates, losses)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss, smoothed")
+    return figure
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[str, torch.Tensor]) -> dict:
     """{"state": {parameter name: {"momentum_buffer": tensor}}}, half precision widened to fp32.
 

@@ -17,9 +17,10 @@ def main() -> int:
     argv, recipes = configs.take_config(sys.argv[1:], int(os.environ.get("WORLD_SIZE", 1)))
     config = options.parse_arguments(argv, recipes=recipes)
     # torch and what stands on it only now: --help and a misspelt option answer at once
-    from learner import Learner, Stopped
+    from learner import Learner
     from runtime.device import parse_device
     from runtime.dist import open_world, world_env
+    from runtime.signals import Stopped
 
     ranks = world_env()
     log.setup_logging(ranks["rank"], ranks["size"])
@@ -29,7 +30,7 @@ def main() -> int:
     device.set()
     with open_world(device, config.dist_timeout, config.dist_backend) as world, device.failures_explained():
         try:
-            Learner(config, device, world).train()
+            Learner.from_config(config, device, world).train()
         except Stopped as stopped:
             print(f"error: {stopped}", file=sys.stderr)
             return 128 + stopped.signal_number

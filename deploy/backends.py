@@ -33,9 +33,8 @@ def load_recognizer(path, device: Optional[str] = None, threads: Optional[int] =
         path = exported[0] if exported else path
     if path.suffix == ".onnx":
         return path, OnnxRecognizer(path, threads)
-    from recognizer import Recognizer
-
     from checkpoint import run  # these load torch, which an ONNX file does without
+    from recognizer import Recognizer
 
     path, state = run.read(path)
     return path, Recognizer.from_state(state, path, device)

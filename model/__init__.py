@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
@@ -103,6 +104,12 @@ def describe(
         "dropout": dropout,
         "l2_norm": backbone.l2_norm if None in (l2_norm, backbone.l2_norm) else bool(l2_norm),
     }
+
+
+def name_of(architecture: Mapping) -> str:
+    """The name in reports of what `describe` describes: ir_se_100, mobilefacenet."""
+    depth = architecture.get("net_depth")
+    return architecture["net_mode"] if depth is None else f"{architecture['net_mode']}_{depth}"
 
 
 def create_model(

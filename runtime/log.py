@@ -202,3 +202,11 @@ def _summary_writer(folder: Path):
         logger.info("tensorboardX is not installed: scalars go to metrics.jsonl only")
         return None
     return SummaryWriter(str(folder))
+
+
+def progress_bar(world, title: str, unit: str, total: int | None = None, done: int = 0):
+    """A tqdm bar on rank 0's terminal; elsewhere it is disabled, and plain lines take its place."""
+    from tqdm import tqdm
+
+    disable = not world.is_main or not sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, disable=disable)

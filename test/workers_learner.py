@@ -49,13 +49,13 @@ def _kernel(head):
 
 def run_learner(world, config):
     """Trains; returns the position, the backbone's weights and its buffers, of this rank."""
-    learner = Learner(config, Device("cpu"), world)
+    learner = Learner.from_config(config, Device("cpu"), world)
     learner.train()
     weights = torch.cat([p.detach().flatten() for p in learner.backbone.parameters()])
     buffers = torch.cat([b.flatten().double() for b in learner.backbone.buffers()])
-    return learner.step, weights.numpy(), buffers.numpy()
+    return learner.progress.step, weights.numpy(), buffers.numpy()
 
 
 def resume_learner(world, config):
-    learner = Learner(replace(config, resume="auto"), Device("cpu"), world)
-    return learner.step, _kernel(learner.head)
+    learner = Learner.from_config(replace(config, resume="auto"), Device("cpu"), world)
+    return learner.progress.step, _kernel(learner.head)

@@ -34,7 +34,7 @@ def run(config, world=ALONE):
     """Trains a SmallNet: (first weights, last weights, keys of its state dict)."""
     create_model, model.create_model = model.create_model, small_model
     try:
-        learner = Learner(config, Device("cpu"), world)
+        learner = Learner.from_config(config, Device("cpu"), world)
         before = _weights(learner)
         learner.train()
         return before, _weights(learner), list(learner.backbone.state_dict())

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from data import pairs
+from recognizer import Recognizer
 from runtime.device import Device
 from verify.embed import embed_images, verify
 from verify.protocol import evaluate_pairs
@@ -73,3 +75,12 @@ def evaluated(world, config):
 
     results = evaluate.evaluate(config, evaluate.find_sets(config), CPU, world)
     return {name: result.accuracy for name, result in results.items()}
+
+
+def evaluated_by_recognizer(world, path, pair_set):
+    """Embeddings' bytes, accuracy and threshold of a saved recognizer, and its fingerprint afterwards."""
+    recognizer = Recognizer.load(path, CPU, world=world)
+    images, _ = pairs.load_pairs(pair_set)
+    result = recognizer.verify({"lfw": pair_set}, world, batch_size=3)["lfw"]
+    embeddings = recognizer.embed(images, world, batch_size=3)
+    return embeddings.tobytes(), result.accuracy, result.threshold, recognizer.fingerprint

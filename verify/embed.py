@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime.dist import ALONE
 from runtime.errors import PairError
 from runtime.shard import RowShard
+from runtime.signals import Stopped
 from verify import plot
 from verify.protocol import PairResult, evaluate_pairs
 
@@ -38,7 +39,17 @@ def evaluating(model):
 
 
 def embed_images(
-    model, images, device, world=ALONE, batch_size=128, flip_sum=False, autocast=nullcontext, *, to_input
+    model,
+    images,
+    device,
+    world=ALONE,
+    batch_size=128,
+    flip_sum=False,
+    autocast=nullcontext,
+    *,
+    to_input,
+    stop_signal=lambda: 0,
+    progress=lambda done: None,
 ) -> np.ndarray:
     """Unit embeddings of all images, float32 [N, D], the same on every rank. The model is the same on every rank.
 
@@ -46,6 +57,8 @@ def embed_images(
     device: a `runtime.device.Device`; to_input: uint8 [B, H, W, 3] on it -> what the model takes.
     flip_sum: add the embedding of the mirrored image before normalising.
     autocast: makes the context of a forward pass, for example `Precision.autocast`.
+    stop_signal: asked between batches; the number of a signal ends the work, on all ranks, with `Stopped`.
+    progress: told how many images of this rank each batch had.
 
     The unit handed to ranks is a batch, not an image: its content, and so every rounding in it, is the same whatever
     the number of ranks. Raises PairError where there are no images.
@@ -74,24 +87,27 @@ def embed_images(
             if flip_sum:
                 emb_BD = emb_BD + forward(images_BHWC.flip(2))
             parts.append(F.normalize(emb_BD))
-        # a rank without a batch learns the width from the others
-        width = torch.tensor(parts[0].shape[1] if parts else 0, device=world.device)
-        width = int(world.all_reduce_(width, "max"))
+            progress(len(images_BHWC))
+            if stop_signal():
+                break
+        # a rank without a batch learns the width from the others, and one without a signal that it has to leave
+        told = torch.tensor([parts[0].shape[1] if parts else 0, stop_signal()], device=world.device)
+        width, signal_number = world.all_reduce_(told, "max").tolist()
+        if signal_number:
+            raise Stopped(signal_number)
         mine_ND = torch.cat(parts) if parts else torch.zeros(0, width, device=world.device)
         return world.gather_rows(mine_ND, [stop - start for start, stop in bounds]).cpu().numpy()
 
 
-def verify(
-    model, pair_sets, device, world=ALONE, batch_size=128, flip_sum=False, autocast=nullcontext, folds=10, *, to_input
-) -> dict[str, PairResult]:
-    """Evaluate each set of `pair_sets`, {name: (images of 2N, issame_N)}; arguments as for `embed_images`.
+def verify(model, pair_sets, *args, folds=10, **kwargs) -> dict[str, PairResult]:
+    """Evaluates each set of `pair_sets`, {name: (images of 2N, issame_N)}; other arguments as for `embed_images`.
 
     Raises PairError that begins with the set's name, for example where the model's output is not finite.
     """
     results = {}
     for name, (images, issame_N) in pair_sets.items():
         try:
-            emb_2ND = embed_images(model, images, device, world, batch_size, flip_sum, autocast, to_input=to_input)
+            emb_2ND = embed_images(model, images, *args, **kwargs)
             results[name] = evaluate_pairs(emb_2ND, issame_N, folds)
             if results[name].caution:
                 log.warning("%s: %s", name, results[name].caution)

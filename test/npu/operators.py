@@ -77,7 +77,7 @@ def measure() -> dict[str, tuple[set[str], set[str]]]:
         }
         for name, options in cases().items():
             npu_sim.forget_operators()
-            Learner(Config(**{**plain, **options}), device).train()
+            Learner.from_config(Config(**{**plain, **options}), device).train()
             for operator, dtypes in npu_sim.operators().items():
                 of_all, needed_by = found.setdefault(operator, (set(), set()))
                 of_all.update(dtypes)

@@ -26,7 +26,8 @@ ALLOWED = {
     "optim": {"runtime"},
     "checkpoint": {"runtime"},
     "verify": {"runtime"},
-    "learner": {"config", "runtime", "data", "model", "head", "optim", "checkpoint", "verify"},
+    "recognizer": {"runtime", "data", "model", "checkpoint", "verify"},
+    "learner": {"config", "runtime", "data", "model", "head", "optim", "checkpoint", "verify", "recognizer"},
     "configs": {"config", "runtime.errors"},
     "deploy": {"runtime", "data", "checkpoint", "verify", "recognizer"},
 }

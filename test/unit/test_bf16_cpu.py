@@ -14,6 +14,7 @@ import evaluate
 from checkpoint import store
 from config import Config, replace
 from learner import Learner
+from recognizer import Recognizer
 from runtime.device import Device
 from runtime.dist import ALONE
 from runtime.errors import DeviceError
@@ -56,7 +57,7 @@ def base(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(base):
     """A checkpoint of four fp32 steps, and their losses."""
-    Learner(base).train()
+    Learner.from_config(base).train()
     return store.newest(f"{base.work_path}/models"), losses(base)
 
 
@@ -76,8 +77,7 @@ def test_embeddings_are_near_those_of_fp32(base, trained, policy):
     faces = np.random.RandomState(0).randint(0, 256, (12, 112, 112, 3)).astype(np.uint8)
     emb_ND = {}
     for name in ("O0", policy):
-        learner = Learner(replace(base, opt_level=name, pth_path=str(trained[0])), training=False)
-        emb_ND[name] = learner.embed(faces)
+        emb_ND[name] = Recognizer.load(trained[0], "cpu", opt_level=name).embed(faces)
         assert emb_ND[name].dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(emb_ND[name], axis=1), 1, rtol=1e-6)
     error_N = np.linalg.norm(emb_ND[policy] - emb_ND["O0"], axis=1)
@@ -102,7 +102,7 @@ def test_verification_decides_as_fp32_does_but_for_the_pairs_at_the_threshold(ba
 def test_training_follows_fp32(base, trained, tmp_path, policy):
     """The same batches from the same weights: first the same loss but for rounding, then learning beside fp32."""
     config = replace(base, opt_level=policy, work_path=str(tmp_path))
-    learner = Learner(config)
+    learner = Learner.from_config(config)
     learner.train()
     half, exact = losses(config), trained[1]
     assert len(half) == len(exact) == 4
@@ -120,5 +120,5 @@ def test_a_machine_without_bf16_says_so_in_one_line(base, monkeypatch):
             match=f"^opt_level {policy} computes in bfloat16, which cpu cannot train in "
             "with torch .*: choose from O0, O1, O2, fp16 here, or another device$",
         ):
-            Learner(replace(base, opt_level=policy))
+            Learner.from_config(replace(base, opt_level=policy))
     assert POLICIES["bf16"].compute == torch.bfloat16

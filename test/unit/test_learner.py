@@ -15,12 +15,13 @@ import pytest
 import torch
 from tiny_set import make_tiny_set
 
-import evaluate
 import report
 from checkpoint import sharded, store
 from config import Config, replace
-from learner import Learner, Stopped
+from learner import Learner
+from recognizer import Recognizer
 from runtime.errors import CheckpointError, ConfigError, DataError, DeviceError, ModelError, PrecisionError
+from runtime.signals import Stopped
 
 pytestmark = pytest.mark.core
 
@@ -72,7 +73,7 @@ def assert_same(a, b, path=""):
 
 
 def trained(config):
-    learner = Learner(config)
+    learner = Learner.from_config(config)
     learner.train()
     return learner
 
@@ -86,7 +87,7 @@ def final_state(config):
 def test_the_run_and_what_it_writes(base):
     config = replace(base, with_test=True, max_iter=3)
     learner = trained(config)
-    assert learner.step == 6 and learner.epoch == 2
+    assert learner.progress.step == 6 and learner.progress.epoch == 2
     lines = metrics(config)
     kinds = [line["kind"] for line in lines]
     assert kinds[0] == "run" and kinds[-1] == "end" and lines[-1]["reason"] == "finished"
@@ -96,9 +97,9 @@ def test_the_run_and_what_it_writes(base):
     verifications = [line for line in lines if line["kind"] == "verify"]
     assert [(v["untrained"], v["set"]) for v in verifications] == [(True, "lfw"), (False, "lfw"), (False, "lfw")]
     assert sum(line["kind"] == "window" for line in lines) == 2
-    names = sorted(p.name for p in learner.files.models.iterdir())
+    names = sorted(p.name for p in learner.checkpoints.models.iterdir())
     assert any("_epoch:1_" in name for name in names)
-    state = store.load_pth(learner.files.models / names[-1])
+    state = store.load_pth(learner.checkpoints.models / names[-1])
     assert list(state)[:1] == ["model"] and {"model", "head", "optimizer", "epoch", "config"} <= set(state)
     assert tuple(state["head"]["kernel"].shape) == (16, 4)
     assert state["meta"]["channel_order"] == "rgb" and state["meta"]["num_classes"] == 4
@@ -111,13 +112,13 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_identical(base, tmp_path):
     trained(whole)
 
     class Interrupted(Learner):
-        def _leave_if_asked(self, caught):
-            if self.step == 7:
+        def _leave_if_asked(self, signals):
+            if self.progress.step == 7:
                 raise Stopped(signal.SIGTERM)
 
     part = replace(base, work_path=str(tmp_path / "part"))
     with pytest.raises(Stopped):
-        Interrupted(part).train()
+        Interrupted.from_config(part).train()
     assert metrics(part)[-1]["reason"] == "signal"
     # a new process would start from another seed than where the generators stood
     torch.manual_seed(99)
@@ -145,14 +146,14 @@ def test_a_sharded_resume_is_bit_identical(base, tmp_path, sample_rate, interrup
     losses = {}
 
     class Interrupted(Learner):
-        def _leave_if_asked(self, caught):
-            if self.step == interrupted_at:
+        def _leave_if_asked(self, signals):
+            if self.progress.step == interrupted_at:
                 raise Stopped(signal.SIGTERM)
 
     whole, part = (replace(base, work_path=str(tmp_path / name)) for name in ("whole", "part"))
     learner = trained(whole)
     with pytest.raises(Stopped):
-        Interrupted(part).train()
+        Interrupted.from_config(part).train()
     torch.manual_seed(99)
     resumed = trained(replace(part, resume="newest"))
     for one in (learner, resumed):
@@ -171,7 +172,7 @@ def test_resuming_passes_over_a_damaged_checkpoint(base, caplog):
         pytest.skip("sharded checkpoints need torch 2.3")
     base = replace(base, checkpoint="sharded", save_every=2, keep=3)
     caplog.set_level("INFO")
-    assert Learner(replace(base, resume="auto")).resumed is None
+    assert Learner.from_config(replace(base, resume="auto")).resumed is None
     assert "no checkpoint to resume, the training starts from the beginning" in caplog.text
     trained(base)
     newest = sharded.newest(f"{base.work_path}/sharded")
@@ -179,10 +180,10 @@ def test_resuming_passes_over_a_damaged_checkpoint(base, caplog):
     data = bytearray(rows.read_bytes())
     data[len(data) // 2] ^= 1  # the index is whole: only its checksum tells
     rows.write_bytes(data)
-    learner = Learner(replace(base, resume="auto"))
-    assert learner.resumed != newest and 0 < learner.step < 10
+    learner = Learner.from_config(replace(base, resume="auto"))
+    assert learner.resumed != newest and 0 < learner.progress.step < 10
     with pytest.raises(CheckpointError, match="damaged|checksum"):
-        Learner(replace(base, resume=str(newest)))
+        Learner.from_config(replace(base, resume=str(newest)))
 
 
 def test_a_sharded_directory_is_taken_where_a_file_is(base, tmp_path):
@@ -190,15 +191,16 @@ def test_a_sharded_directory_is_taken_where_a_file_is(base, tmp_path):
         pytest.skip("sharded checkpoints need torch 2.3")
     learner = trained(replace(base, checkpoint="sharded", epochs=1, max_iter=2))
     weights = dict(learner.backbone.state_dict())
-    new = replace(base, work_path=str(tmp_path / "new"), pth_path=str(learner.files.sharded))
-    assert evaluate.architecture(new.pth_path) == {"net_mode": "mobilefacenet", "embedding_size": 16}
-    assert_same(dict(Learner(new, training=False).backbone.state_dict()), weights)
-    assert_same(dict(Learner(replace(new, is_finetune=True)).backbone.state_dict()), weights)
-    goes_on = Learner(new)
-    assert goes_on.step == 2
+    new = replace(base, work_path=str(tmp_path / "new"), pth_path=str(learner.checkpoints.sharded))
+    recognizer = Recognizer.load(new.pth_path, "cpu")
+    assert recognizer.name == "mobilefacenet" and recognizer.architecture["embedding_size"] == 16
+    assert_same(dict(recognizer.backbone.state_dict()), weights)
+    assert_same(dict(Learner.from_config(replace(new, is_finetune=True)).backbone.state_dict()), weights)
+    goes_on = Learner.from_config(new)
+    assert goes_on.progress.step == 2
     assert torch.equal(goes_on.head.local_state()["momentum"], learner.head.local_state()["momentum"])
     with pytest.raises(CheckpointError, match="holds no whole sharded checkpoint"):
-        Learner(replace(new, pth_path=str(tmp_path)))
+        Learner.from_config(replace(new, pth_path=str(tmp_path)))
 
 
 def test_the_five_best_are_counted_in_the_same_walk(base):
@@ -210,48 +212,50 @@ def test_the_five_best_are_counted_in_the_same_walk(base):
 
 def test_the_centers_may_have_a_rate_of_their_own(base):
     base = replace(base, epochs=1, max_iter=1, lr=1e-3, momentum_dtype="none", weight_decay=0.0)
-    start = Learner(base).head.local_state()["weight"].clone()
+    start = Learner.from_config(base).head.local_state()["weight"].clone()
     moved = [
         trained(replace(base, head_lr_factor=factor)).head.local_state()["weight"] - start for factor in (0.0, 1.0, 8.0)
     ]
     assert not moved[0].any() and moved[1].any()
     np.testing.assert_allclose(moved[2].numpy(), 8 * moved[1].numpy(), rtol=1e-3, atol=1e-6)
     with pytest.raises(ConfigError, match="at least 0"):
-        Learner(replace(base, head_lr_factor=-1.0))
+        Learner.from_config(replace(base, head_lr_factor=-1.0))
 
 
 def test_a_head_that_does_not_fit_is_refused_before_it_is_allocated(base, caplog):
     base = replace(base, data_mode="synthetic", embedding_size=512, max_iter=1)
     with pytest.raises(ModelError, match="100,000,000,000 class centers need .* use more ranks"):
-        Learner(replace(base, num_classes=10**11))
+        Learner.from_config(replace(base, num_classes=10**11))
     assert "classes that fit" in caplog.text
     with pytest.raises(ModelError, match="class centers need"):
-        Learner(replace(base, num_classes=1000, memory_reserve="1000TB"))
+        Learner.from_config(replace(base, num_classes=1000, memory_reserve="1000TB"))
     with pytest.raises(ModelError, match="'much' is not a size"):
-        Learner(replace(base, num_classes=1000, memory_reserve="much"))
+        Learner.from_config(replace(base, num_classes=1000, memory_reserve="much"))
 
 
 def test_what_other_runs_saved_is_not_this_runs_to_delete(base):
     trained(replace(base, epochs=3, max_iter=1, keep=0, with_test=True))
     others = set()
-    for path in Learner(base).files.models.iterdir():  # of another day: names hold the minute only
+    for path in Learner.from_config(base).checkpoints.models.iterdir():  # of another day: names hold the minute only
         others.add(path.rename(path.with_name(f"model_2020-01-01-00-00_{path.name.split('_', 2)[2]}")).name)
     assert len(others) in (1, 2)  # the best and the last
     learner = trained(replace(base, epochs=4, max_iter=1, keep=0, lr=2e-3))
-    left = {path.name for path in learner.files.models.iterdir()}
+    left = {path.name for path in learner.checkpoints.models.iterdir()}
     assert others <= left and len(left - others) <= 2
     goes_on = trained(
-        replace(base, epochs=6, max_iter=1, keep=0, lr=2e-3, resume=str(learner.files.models / max(left - others)))
+        replace(
+            base, epochs=6, max_iter=1, keep=0, lr=2e-3, resume=str(learner.checkpoints.models / max(left - others))
+        )
     )
-    assert set(learner.saved) < set(goes_on.saved)
-    assert others <= {path.name for path in learner.files.models.iterdir()}
+    assert set(learner.checkpoints.saved) < set(goes_on.checkpoints.saved)
+    assert others <= {path.name for path in learner.checkpoints.models.iterdir()}
 
 
 def test_a_training_that_was_finished_is_said_to_be(base, caplog):
     caplog.set_level("INFO")
     trained(replace(base, epochs=1, max_iter=1))
     resumed = trained(replace(base, epochs=1, max_iter=1, resume="newest", run_dir=f"{base.work_path}/again"))
-    assert resumed.step == 1 and "raise it to go on" in caplog.text
+    assert resumed.progress.step == 1 and "raise it to go on" in caplog.text
     with pytest.raises(report.NothingTrained):
         report.write_report(Path(f"{base.work_path}/again"), Path(f"{base.work_path}/again"), "")
 
@@ -285,26 +289,26 @@ def test_sigterm_saves_and_leaves(base, root):
     assert errors.splitlines()[-1].startswith("error: stopped by SIGTERM")
     saved = store.load_pth(store.newest(f"{base.work_path}/models"))
     steps = saved["training"]["step"]
-    learner = Learner(replace(base, resume="auto", epochs=1000))
-    assert learner.step == steps > 0
+    learner = Learner.from_config(replace(base, resume="auto", epochs=1000))
+    assert learner.progress.step == steps > 0
 
 
 def test_micro_batches_add_up_to_the_batch(base):
     """With batch norm frozen, two micro-batches of two are one batch of four."""
 
     class Frozen(Learner):
-        def _train_epoch(self, caught):
+        def _train_epoch(self, *args):
             for module in self.backbone.modules():
                 module.training = False
             self.backbone.train = lambda: None
-            super()._train_epoch(caught)
+            super()._train_epoch(*args)
 
     results = []
     for accumulate in (1, 2):
-        learner = Frozen(replace(base, accumulate=accumulate, epochs=1, max_iter=1))
+        learner = Frozen.from_config(replace(base, accumulate=accumulate, epochs=1, max_iter=1))
         learner.train()
         results.append(torch.cat([p.detach().flatten() for p in learner.backbone.parameters()]).double())
-    start = torch.cat([p.detach().flatten() for p in Learner(base).backbone.parameters()]).double()
+    start = torch.cat([p.detach().flatten() for p in Learner.from_config(base).backbone.parameters()]).double()
     update = (results[0] - start).norm()
     # fp32 sums in another order
     assert update > 0 and (results[0] - results[1]).norm() < 1e-5 * update
@@ -312,47 +316,50 @@ def test_micro_batches_add_up_to_the_batch(base):
 
 def test_fine_tuning_takes_the_backbone_alone(base, tmp_path):
     first = trained(base)
-    path = store.newest(first.files.models)
+    path = store.newest(first.checkpoints.models)
     other = make_tiny_set(tmp_path / "other", classes=7)
     tuned = replace(base, data_path=str(other), pth_path=str(path), work_path=str(tmp_path / "tuned"))
     with pytest.raises(CheckpointError, match="4 classes.*--is_finetune"):
-        Learner(tuned)
-    learner = Learner(replace(tuned, is_finetune=True))
+        Learner.from_config(tuned)
+    learner = Learner.from_config(replace(tuned, is_finetune=True))
     assert_same(dict(learner.backbone.state_dict()), dict(first.backbone.state_dict()))
-    assert learner.head.num_classes == 7 and learner.step == 0
+    assert learner.head.num_classes == 7 and learner.progress.step == 0
     learner.train()
 
 
 def test_what_does_not_fit_is_one_line(base, tmp_path):
     learner = trained(replace(base, epochs=1))
-    path = store.newest(learner.files.models)
+    path = store.newest(learner.checkpoints.models)
     with pytest.raises(CheckpointError, match="--net_mode=mobilefacenet") as caught:
-        Learner(replace(base, net_mode="ir", net_depth=18, resume=str(path)))
+        Learner.from_config(replace(base, net_mode="ir", net_depth=18, resume=str(path)))
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        Learner(replace(base, resume="newest", work_path=str(tmp_path / "empty")))
+        Learner.from_config(replace(base, resume="newest", work_path=str(tmp_path / "empty")))
     with pytest.raises(ConfigError, match="name it by --fs_name"):
-        Learner(replace(base, fs_dir_for_save="models"))
+        Learner.from_config(replace(base, fs_dir_for_save="models"))
     with pytest.raises(DataError, match="21"):
-        Learner(replace(base, batch_size=21))
+        Learner.from_config(replace(base, batch_size=21))
     with pytest.raises(ConfigError, match="multiple of 3"):
-        Learner(replace(base, accumulate=3))
+        Learner.from_config(replace(base, accumulate=3))
     with pytest.raises(ConfigError, match="--pth_path"):
-        Learner(replace(base, is_finetune=True))
+        Learner.from_config(replace(base, is_finetune=True))
 
 
 def test_best_and_last_are_kept(base):
-    learner = Learner(replace(base, keep=0, with_test=True))
+    learner = Learner.from_config(replace(base, keep=0, with_test=True))
     accuracies = iter([0.1, 0.5, 0.9, 0.7, 0.6])  # the first is the untrained net's
-    learner._verify = lambda untrained=False: setattr(learner, "accuracy", next(accuracies))
+    learner._verify = lambda log, signals: setattr(learner.progress, "accuracy", next(accuracies))
     learner.config = replace(learner.config, epochs=4, max_iter=1)
     learner.steps_per_epoch = 1
     learner.train()
-    assert sorted(p.name.rsplit("_", 1)[1] for p in learner.files.models.iterdir()) == ["0.60000.pth", "0.90000.pth"]
+    assert sorted(p.name.rsplit("_", 1)[1] for p in learner.checkpoints.models.iterdir()) == [
+        "0.60000.pth",
+        "0.90000.pth",
+    ]
 
 
 def test_learning_rate_range_leaves_no_trace(base, tmp_path):
-    learner = Learner(base)
+    learner = Learner.from_config(base)
     before = [p.detach().clone() for p in learner.backbone.parameters()]
     centers = learner.head.local_state()["weight"].clone()
     generators = torch.get_rng_state()
@@ -361,13 +368,13 @@ def test_learning_rate_range_leaves_no_trace(base, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, learner.backbone.parameters()))
     assert torch.equal(centers, learner.head.local_state()["weight"])
     assert torch.equal(generators, torch.get_rng_state())
-    assert learner.step == 0
+    assert learner.progress.step == 0
 
 
 def test_infer_names_the_nearest(base):
-    learner = Learner(base, training=False)
+    learner = Learner.from_config(base)
     faces = np.random.RandomState(0).randint(0, 256, (3, 112, 112, 3)).astype(np.uint8)
-    bank = learner.embed(faces)
+    bank = learner.recognizer.embed(faces)
     index, distance = learner.infer(list(faces[[2, 0]]), bank)
     assert index.tolist() == [2, 0] and float(distance.max()) < 1e-9
     index, _ = learner.infer(faces[:1], -bank[:1])
@@ -396,21 +403,19 @@ def test_the_run_says_which_fast_paths_were_on(base):
         "opt_level": "O0", "memory_format": "channels_last", "tf32": False, "autotune": False, "static": False,
         "sgd": "sgd_plain", "head_op": "chunked", "copy_beside_compute": False,
     }  # fmt: skip
-    evaluating = Learner(base, training=False)
-    assert evaluating.fast_paths()["opt_level"] == "O0" and "sgd" not in evaluating.fast_paths()
 
 
 @pytest.mark.parametrize(
     "options, error, message",
     [
         (dict(opt_level="O5"), ConfigError, "--opt_level 'O5': choose from auto, O0, O1, O2"),
-        (dict(loss_scale="0"), PrecisionError, "loss_scale '0': give a positive number such as 128.0, or 'dynamic'"),
+        (dict(loss_scale="0"), ConfigError, "--loss_scale 0: give a positive number such as 128.0, or dynamic"),
         (dict(device_type="tpu"), DeviceError, "device 'tpu': choose from auto"),
     ],
 )
 def test_faults_of_precision_and_device_are_one_line(base, options, error, message):
     with pytest.raises(error, match=message) as caught:
-        Learner(replace(base, **options))
+        Learner.from_config(replace(base, **options))
     assert "\n" not in str(caught.value)
 
 
@@ -449,4 +454,13 @@ def test_static_mode_without_a_compiler_is_one_line(base, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(DeviceError, match="static mode.*(C\\+\\+ compiler|torch 2.0)"):
-        Learner(replace(base, static=True))
+        Learner.from_config(replace(base, static=True))
+
+
+def test_a_run_that_is_not_finite_stops_and_keeps_what_was_good(base, tmp_path):
+    good = trained(replace(base, epochs=1))
+    kept = {path.name: path.read_bytes() for path in good.checkpoints.models.iterdir()}
+    with pytest.raises(PrecisionError, match="not finite for the last .* steps.*--lr") as caught:
+        trained(replace(base, lr=1e5, epochs=3, resume="newest", milestones=()))
+    assert "first not finite: " in str(caught.value)
+    assert {path.name: path.read_bytes() for path in good.checkpoints.models.iterdir()} == kept

@@ -54,40 +54,44 @@ def test_another_machine_goes_on_from_the_store(base, tmp_path, checkpoint, monk
         pytest.skip("sharded checkpoints need torch 2.3")
     base = replace(base, checkpoint=checkpoint, fs_dir_for_save="runs/one")
     monkeypatch.setattr(sys, "argv", ["train.py", f"--fs_ugi={base.fs_ugi}"])
-    first = Learner(base)
+    first = Learner.from_config(base)
     first.train()
     assert "secret" not in (tmp_path / "work/log/metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "work")
-    second = Learner(replace(base, fs_checkpoint_dir="runs/one", epochs=2))
-    assert second.step == first.step == 3
+    second = Learner.from_config(replace(base, fs_checkpoint_dir="runs/one", epochs=2))
+    assert second.progress.step == first.progress.step == 3
     for name, value in first.backbone.state_dict().items():
         assert torch.equal(value, second.backbone.state_dict()[name]), name
     for name in ("weight", "momentum"):
         assert torch.equal(first.head.local_state()[name], second.head.local_state()[name])
     # with checkpoints of its own, the run goes on from those and asks the store for nothing
     second.train()
-    third = Learner(replace(base, fs_name="webhdfs://127.0.0.1:9", fs_checkpoint_dir="runs/one", resume="auto"))
-    assert third.step == 6
+    third = Learner.from_config(
+        replace(base, fs_name="webhdfs://127.0.0.1:9", fs_checkpoint_dir="runs/one", resume="auto")
+    )
+    assert third.progress.step == 6
 
 
 def test_an_empty_store_is_an_error_unless_a_new_start_is_asked_for(base):
     with pytest.raises(CheckpointError, match="runs/none: holds no files"):
-        Learner(replace(base, fs_checkpoint_dir="runs/none"))
-    assert Learner(replace(base, fs_checkpoint_dir="runs/none", resume="auto")).step == 0
+        Learner.from_config(replace(base, fs_checkpoint_dir="runs/none"))
+    assert Learner.from_config(replace(base, fs_checkpoint_dir="runs/none", resume="auto")).progress.step == 0
 
 
 def test_a_store_that_stays_away_leaves_the_checkpoint_here(base, monkeypatch, caplog):
     monkeypatch.setattr(remote.Uploader.__init__, "__defaults__", (0.2, 0.05))
-    learner = Learner(replace(base, fs_name="webhdfs://127.0.0.1:9", fs_dir_for_save="runs/one"))
+    learner = Learner.from_config(replace(base, fs_name="webhdfs://127.0.0.1:9", fs_dir_for_save="runs/one"))
     with pytest.raises(CheckpointError, match="did not reach webhdfs://127.0.0.1:9/runs/one and are only here"):
         learner.train()
-    saved = list(learner.files.models.glob("*.pth"))
+    saved = list(learner.checkpoints.models.glob("*.pth"))
     assert len(saved) == 1
     assert f"{saved[0]} stays here: not uploaded to webhdfs://127.0.0.1:9/runs/one" in caplog.text
 
 
 def test_the_password_may_come_from_the_environment(base, monkeypatch):
     monkeypatch.setenv("FS_UGI", "name,secret")
-    learner = Learner(replace(base, fs_ugi="", fs_dir_for_save="runs/two"))
+    learner = Learner.from_config(replace(base, fs_ugi="", fs_dir_for_save="runs/two"))
     learner.train()
-    assert Learner(replace(base, fs_checkpoint_dir="runs/two", resume="newest", epochs=2)).step == 3
+    assert (
+        Learner.from_config(replace(base, fs_checkpoint_dir="runs/two", resume="newest", epochs=2)).progress.step == 3
+    )

@@ -216,7 +216,7 @@ def test_training_goes_on_from_the_export_as_from_the_checkpoint(tmp_path, optio
     ]
 
     def losses(name, *more):
-        learner = Learner(parse_arguments([*common, f"--work_path={tmp_path / name}", *more]))
+        learner = Learner.from_config(parse_arguments([*common, f"--work_path={tmp_path / name}", *more]))
         learner.train()
         lines = map(json.loads, (tmp_path / name / "log" / "metrics.jsonl").read_text().splitlines())
         return {line["step"]: line["loss"] for line in lines if line["kind"] == "step"}

@@ -89,8 +89,8 @@ def test_the_compiled_backbone_takes_the_eager_steps_and_saves_its_checkpoint(co
     saved = store.load_pth(path)["model"]
     assert list(saved) == keys and not any("_orig_mod" in key for key in saved)
     monkeypatch.setattr(model, "create_model", small_model)
-    resumed = Learner(replace(config, static=False, resume=str(path)))
-    assert resumed.step == 3
+    resumed = Learner.from_config(replace(config, static=False, resume=str(path)))
+    assert resumed.progress.step == 3
     assert all(torch.equal(value, saved[name]) for name, value in resumed.backbone.state_dict().items())
 
 

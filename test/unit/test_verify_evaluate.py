@@ -103,7 +103,9 @@ def test_the_roc_is_drawn(folder, tmp_path):
 
 
 def test_others_weights_are_recognised_and_keep_their_channel_order(folder, tmp_path):
-    results = run(arguments(folder, "bare.pth", f"--output={tmp_path}", "--val_targets=lfw", "--channel_order=bgr"))
+    results = run(
+        arguments(folder, "bare.pth", f"--output={tmp_path}", "--val_targets=lfw", "--weights_channel_order=bgr")
+    )
     expected = directly(folder, channel_order="bgr")
     np.testing.assert_array_equal(results["lfw"].roc.tpr, expected.roc.tpr)
     assert json.loads((tmp_path / "evaluation.json").read_text())["channel_order"] == "bgr"

@@ -1,0 +1,211 @@
+"""The checkpoints of one run: saved, found again and restored, whichever the format, here and in a remote store.
+
+A training's state is `state` (nested dicts of tensors and plain values, the same on every rank), `rng` (this rank's
+generators) and the head, whose rows each rank holds by itself. `.pth`: all of it in one file, in the upstream
+project's schema (`model head optimizer epoch config`, and `meta training` beside). Sharded: every rank writes its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from checkpoint import remote, reshard, sharded, store
+from runtime.dist import ALONE, World
+from runtime.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """What `save` was given; rng is None on a rank that did not exist then."""
+
+    path: Path
+    state: dict
+    rng: Optional[dict]
+
+
+def read(path, world: World = ALONE) -> tuple[Path, Any]:
+    """(the checkpoint itself, what it holds without the class centers): of a `.pth` file, a sharded directory, or a
+    folder of either, of which the newest whole one is taken.
+
+    Raises CheckpointError, one line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        newest = store.newest(path) or store.newest(path / "models")
+        if newest is None:
+            path = reshard.find(path)
+            return path, sharded.load(path, {}, world)[0]
+        path = newest
+    return path, store.load_pth(path)
+
+
+class Checkpoints:
+    """`work_path`/models of `.pth` files, /sharded of directories, /downloaded of both.
+
+    kind: "pth" or "sharded", what is saved; both are restored. keep: how many stay beside the best and the newest.
+    fs_name: address of a remote store. fs_ugi: "name,password" for it, by default the variable FS_UGI.
+    """
+
+    def __init__(self, work_path, world: World = ALONE, kind: str = "pth", keep: int = 1, fs_name="", fs_ugi=""):
+        self.work_path = Path(work_path)
+        self.models, self.sharded, self.downloaded = (self.work_path / n for n in ("models", "sharded", "downloaded"))
+        self.kind, self.keep = kind, keep
+        self.saved: list[str] = []  # names of this run's checkpoints: others in the folder are not its to delete
+        self._world, self._fs_name, self._fs_ugi = world, fs_name, fs_ugi
+        self._uploader: Optional[remote.Uploader] = None
+        self._saver: Optional[sharded.Saver] = None
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def opened(self, upload_to: str = ""):
+        """While open, `save` can be called. upload_to: folder of the store that gets a copy of each checkpoint.
+
+        Raises CheckpointError where nothing can be written: before the training, not hours later."""
+        folder = self.sharded if self.kind == "sharded" else self.models
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            reason = None if os.access(folder, os.W_OK) else "no permission"
+        except OSError as error:
+            reason = error.strerror
+        if reason:
+            raise CheckpointError(
+                f"{folder}: no checkpoint can be written there ({reason}): choose another --work_path"
+            )
+        with ExitStack() as stack:
+            if upload_to and self._world.is_main:
+                self._uploader = stack.enter_context(remote.Uploader(self._store(upload_to)))
+            if self.kind == "sharded":
+                published = self._uploader.put if self._uploader is not None else None
+                saver = sharded.Saver(self.sharded, self._world, keep=self.keep + 1, published=published)
+                saver.names = self.saved
+                self._saver = stack.enter_context(saver)
+            try:
+                yield self
+            finally:
+                self._uploader, self._saver = None, None
+
+    def save(self, state: dict, rng: dict, head, replaces: Optional[Path] = None) -> Optional[Path]:
+        """Writes a checkpoint; call it on all ranks. Returns its path on rank 0; a sharded one, written beside the
+        training, has none yet.
+
+        replaces: a `.pth` that this one says the same of and more; it goes when this one is whole."""
+        if self._saver is not None:
+            head_state = head.local_state()
+            state["head"] = {name: head_state[name] for name in ("draws", "updates", "norms")}
+            self._saver.save(f"step_{state['training']['step']}", state, _rows(head), {"rng": rng})
+            return None
+        training = {**state["training"], "rng": self._world.all_gather_object(rng)}
+        state["head"] = {"kernel": head.gathered_kernel()}
+        training["head"] = head.gathered_training_state()
+        path = None
+        if self._world.is_main:
+            epoch, accuracy = state["epoch"], training["accuracy"]
+            path = self.models / store.checkpoint_name(time.strftime("%Y-%m-%d-%H-%M"), epoch, accuracy)
+            self.saved.append(path.name)
+            store.save_pth(path, {**state, "training": {**training, "saved": list(self.saved)}})
+            if replaces is not None and replaces != path:
+                replaces.unlink()
+            store.prune(self.models, keep=self.keep, names=self.saved)
+            log.info("saved %s", path)
+            if self._uploader is not None:
+                self._uploader.put(path)
+        self._world.barrier()
+        return path
+
+    def wait(self) -> None:
+        """Until what was saved is whole on the disk."""
+        if self._saver is not None:
+            self._saver.wait()
+
+    # --- restoring ---------------------------------------------------------------------------------------------------
+
+    def restore(self, wanted: str, meta: dict, head) -> Optional[Restored]:
+        """The checkpoint `wanted`; the head has its rows then. Call it on all ranks; all take the same.
+
+        wanted: a `.pth` file or a sharded directory; "newest" or "auto" is the newest whole one of either kind of this
+        run, and None is what comes back where "auto" finds none.
+        meta: what the run is (`store.check_architecture`). Raises CheckpointError for what does not fit."""
+        if wanted not in ("auto", "newest"):
+            return self._restore(Path(wanted), meta, head)
+        for path in self._newest_first():
+            if path.is_file():
+                return self._restore(path, meta, head)
+            found = sharded.load_newest(path.parent, _rows(head), self._world)
+            if found is not None:
+                return self._taken(*found, meta, head)
+        if wanted == "newest":
+            raise CheckpointError(f"{self.work_path}: no whole checkpoint to resume: train first, or name one")
+        log.info("%s: no checkpoint to resume, the training starts from the beginning", self.work_path)
+        return None
+
+    def take(self, path: Path, state: dict, meta: dict, head) -> Restored:
+        """The same of a checkpoint that `read` has read."""
+        if path.is_dir():
+            return self._restore(path, meta, head)
+        store.check_architecture(state["meta"], meta, path)
+        training = state["training"]
+        head.load_kernel(state["head"]["kernel"])
+        head.load_training_state(training["head"])
+        self.saved = [*training.get("saved", []), path.name]
+        rng = training["rng"]
+        return Restored(path, state, rng[self._world.rank] if self._world.rank < len(rng) else None)
+
+    def _restore(self, path: Path, meta: dict, head) -> Restored:
+        if path.is_dir():
+            path = reshard.find(path)
+            return self._taken(path, *sharded.load(path, _rows(head), self._world), meta, head)
+        return self.take(path, store.load_pth(path), meta, head)
+
+    def _taken(self, path, state, local, meta, head) -> Restored:
+        store.check_architecture(state["meta"], meta, path)
+        head.load_local_state({**head.local_state(), **state["head"]})
+        self.saved.append(path.name)
+        return Restored(path, state, None if local is None else local["rng"])
+
+    def _newest_first(self) -> list[Path]:
+        """The newest whole checkpoint of each kind, as rank 0 sees them, on every rank. What was downloaded counts
+        where there is none of this run's own: uploads follow what is saved here."""
+        found = []
+        if self._world.is_main:
+            found = [store.newest(self.models), sharded.newest(self.sharded)]
+            if not any(found):
+                found = [store.newest(self.downloaded), sharded.newest(self.downloaded)]
+            found = [path for path in found if path is not None]
+            found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        return self._world.all_gather_object(found)[0]
+
+    # --- the remote store --------------------------------------------------------------------------------------------
+
+    def download(self, folder: str, may_be_empty: bool) -> None:
+        """Brings the store's checkpoints here, once a machine, unless there are some of this run's own.
+
+        Raises CheckpointError, on all ranks, if the store stays away, or holds nothing and may not be empty."""
+        error = None
+        if not self._newest_first() and self._world.local_rank == 0:
+            try:
+                remote.download(self._store(folder), self.downloaded)
+            except remote.EmptyStore as empty:
+                error = None if may_be_empty else str(empty)
+            except CheckpointError as failed:
+                error = str(failed)
+        errors = [one for one in self._world.all_gather_object(error) if one]
+        if errors:
+            raise CheckpointError(errors[0])
+
+    def _store(self, folder: str) -> remote.Store:
+        url = f"{self._fs_name.rstrip('/')}/{folder.strip('/')}"
+        return remote.Store(url, self._fs_ugi or os.environ.get("FS_UGI", ""))
+
+
+def _rows(head) -> dict:
+    """What this rank holds of the head's tables: {name: (the stored tensor itself, its RowShard)}."""
+    state, shard = head.local_state(), head.centers.shard
+    names = ("weight", "momentum", "momentum_scale")
+    return {name: (state[name], shard) for name in names if state[name] is not None}
