@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime import host
+from runtime import ascend, host
 from runtime.errors import DeviceError
 
 if __name__ == "__main__":
@@ -103,6 +104,10 @@ class Device:
             return f"it needs torch 2.0 or newer, and this is {torch.__version__}; install one"
         return self._compiler_missing()
 
+    def meaning(self, said: str) -> str | None:
+        """What an error text of the driver means and how to mend it, where that is known."""
+        return None
+
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
         """While open, what the driver raises for a device that vanished, hung or is full becomes a DeviceError of one
@@ -120,10 +125,10 @@ class Device:
                 ) from error
             if not re.search(self.driver_errors, said):
                 raise
-            raise DeviceError(
-                f"{self} failed while it computed ({_first_line(error)}): see whether {self.tool} "
-                "still lists it, and go on with --resume or on another --device_id"
-            ) from error
+            cure = self.meaning(said) or (
+                f"see whether {self.tool} still lists it, and go on with --resume or on another --device_id"
+            )
+            raise DeviceError(f"{self} failed while it computed ({_first_line(error)[:100]}): {cure}") from error
 
     def seed(self, seed: int) -> None:
         """Seed Python's, NumPy's, torch's and the device's generators."""
@@ -308,7 +313,9 @@ class _Accelerator(Device):
         try:
             self.api().set_device(self.index)
         except (RuntimeError, AssertionError) as error:
-            raise DeviceError(f"{self} cannot be opened: {_first_line(error)}") from error
+            meaning = self.meaning(str(error))
+            said = f"{meaning} ({_first_line(error)})" if meaning else _first_line(error)
+            raise DeviceError(f"{self} cannot be opened: {said}") from error
 
     def synchronize(self) -> None:
         """Wait until everything queued on the device is done."""
@@ -436,11 +443,15 @@ class Npu(_Accelerator):
         if reason:
             return reason
         if not torch.npu.is_available() or torch.npu.device_count() == 0:
-            return (
-                "torch_npu is installed but sees no device; check `npu-smi info`, ASCEND_RT_VISIBLE_DEVICES, "
+            return "torch_npu is installed but sees no device; " + (
+                ascend.ask_npu_smi()
+                or "check `npu-smi info`, ASCEND_RT_VISIBLE_DEVICES (its numbers have to ascend), "
                 "and that this user belongs to the driver's group (HwHiAiUser)"
             )
         return None
+
+    def meaning(self, said: str) -> str | None:
+        return ascend.explain(said)
 
     def layout(self, name: str = "auto") -> torch.memory_format:
         if name == "channels_last":
@@ -560,8 +571,7 @@ def _load_torch_npu() -> str | None:
     if hasattr(torch, "npu"):
         return None
     if "torch_npu" not in sys.modules and importlib.util.find_spec("torch_npu") is None:
-        version = torch.__version__.split("+")[0]
-        return f"torch_npu is not installed; on an Ascend machine with CANN: pip install torch_npu=={version}"
+        return f"torch_npu is not installed; on an Ascend machine install {ascend.what_to_install(torch.__version__)}"
     said = io.StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said):
@@ -658,6 +668,14 @@ def _cann_version() -> str | None:
     return None
 
 
+def _installed_torch_npu() -> str | None:
+    """Its version where it cannot be imported."""
+    try:
+        return importlib.metadata.version("torch_npu")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _name(dtype) -> str:
     return str(dtype).replace("torch.", "")
 
@@ -685,6 +703,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What this machine can compute on, and what is missing for the rest.")
     parser.add_argument("device", nargs="?", help="print only the kind of this device (auto: of the best one), or fail")
     parser.add_argument("--index", type=int, help="number of the device, where its name does not say")
+    parser.add_argument("--lanes", action="store_true", help="the versions of CANN, torch_npu, torch that go together")
     parser.add_argument("--ranks", type=int, default=1, help="and fail unless so many ranks have a device each")
     arguments = parser.parse_args()
     if arguments.device:
@@ -695,6 +714,15 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {platform.python_version()}")
     for kind in KINDS:
         print(f"{kind}: {_summary(kind)}")
+    on_ascend = importlib.util.find_spec("torch_npu") is not None or os.path.exists("/dev/davinci_manager")
+    if on_ascend:
+        torch_npu = Npu("npu").versions()["torch_npu"] or _installed_torch_npu()
+        print(
+            "npu versions: "
+            + ascend.standing(torch.__version__, torch_npu, _cann_version(), platform.python_version(), np.__version__)
+        )
+    if on_ascend or arguments.lanes:
+        print(ascend.table())
 
 
 def _summary(kind: str) -> str:

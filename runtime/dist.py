@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from runtime import host
+from runtime import ascend, host
 from runtime.device import Device, check_ranks
 from runtime.errors import DeviceError, RankError
 
@@ -197,9 +197,10 @@ def open_world(device: Device, timeout_s: float = 600, backend: str = "auto") ->
         # nccl and hccl connect at the first collective: what they have to complain of belongs here.
         world.all_reduce_(torch.ones(1, device=device.torch))
     except (RuntimeError, ValueError) as error:
+        cause = ascend.explain(str(error)) if device.backend == "hccl" or "in use" in str(error) else None
         raise RankError(
             f"rank {env['rank']} found no world of {env['size']} ranks within {timeout_s:g} s "
-            f"({error}): are all ranks started, and MASTER_ADDR and MASTER_PORT the same?"
+            f"({error}): {cause or 'are all ranks started, and MASTER_ADDR and MASTER_PORT the same?'}"
         ) from error
     # gloo's collectives fail by themselves where a rank is lost; the others' only wait
     roll = _Roll(store, rank, size, silence_s=timeout_s / 2 if device.backend != "gloo" else math.inf)

@@ -60,8 +60,13 @@ static std::set<std::string> env_set(const char* name) {
 
 // ---------------------------------------------------------------- devices
 // A thread has no device until it sets one, or asks: then it opens device 0.
-static thread_local DeviceIndex current_index = 0;
+static thread_local DeviceIndex chosen_index = -1;
 static std::atomic<bool> opened[kMostDevices];
+
+static DeviceIndex current_index() {
+  if (chosen_index < 0) opened[chosen_index = 0] = true;
+  return chosen_index;
+}
 
 static DeviceIndex device_count() {
   static const int count = std::min(env_int("NPU_SIM_DEVICES", 2), kMostDevices);
@@ -71,7 +76,7 @@ static DeviceIndex device_count() {
 static void set_device(int64_t index) {
   TORCH_CHECK(index >= 0 && index < device_count(),
               "npu_sim: invalid device ordinal ", index, ", ", (int)device_count(), " devices");
-  current_index = index;
+  chosen_index = index;
 }
 
 static void bind_to_share_of_cores() {
@@ -91,8 +96,8 @@ static void open_device(int64_t index) {
   opened[index] = true;
 }
 
-static DeviceIndex or_current(DeviceIndex index) { return index < 0 ? current_index : index; }
-static Device current() { return Device(kNPU, current_index); }
+static DeviceIndex or_current(DeviceIndex index) { return index < 0 ? current_index() : index; }
+static Device current() { return Device(kNPU, current_index()); }
 
 static Device chosen(std::optional<Device> device) {
   const Device d = device.value_or(current());
@@ -137,7 +142,7 @@ static c10::DataPtr allocate_on(size_t size, DeviceIndex index) {
 }
 
 struct Allocator final : c10::DeviceAllocator {
-  c10::DataPtr allocate(size_t size) override { return allocate_on(size, current_index); }
+  c10::DataPtr allocate(size_t size) override { return allocate_on(size, current_index()); }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
   void copy_data(void* to, const void* from, std::size_t size) const override { std::memcpy(to, from, size); }
   bool initialized() override { return true; }
@@ -214,9 +219,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return device_count(); }
   void setCurrentDevice(DeviceIndex index) const override { set_device(index); }
-  DeviceIndex getCurrentDevice() const override { return current_index; }
+  DeviceIndex getCurrentDevice() const override { return current_index(); }
   DeviceIndex exchangeDevice(DeviceIndex index) const override {
-    const auto before = current_index;
+    const auto before = current_index();
     set_device(index);
     return before;
   }
@@ -263,7 +268,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (device.index() >= 0) set_device(device.index());
   }
   void uncheckedSetDevice(Device device) const noexcept override {
-    if (device.index() >= 0) current_index = device.index();
+    if (device.index() >= 0) chosen_index = device.index();
   }
   DeviceIndex deviceCount() const noexcept override { return device_count(); }
 
@@ -683,7 +688,7 @@ TORCH_LIBRARY(npu_sim, m) {
     if (!hooks) at::RegisterPrivateUse1HooksInterface(hooks = new Hooks);
   });
   m.def("set_device", [](int64_t index) { open_device(index); });
-  m.def("current_device", []() -> int64_t { return current_index; });
+  m.def("current_device", []() -> int64_t { return current_index(); });
   m.def("device_count", []() -> int64_t { return device_count(); });
   m.def("default_generator", [](int64_t index) { return default_generator(index); });
   m.def("memory", [](int64_t index) { return usage[index].now; });
