@@ -2,10 +2,12 @@
 # Makes the environment if it is missing and runs the tests.
 #
 #   bash run_tests.sh             everything that this machine can run
+#   bash run_tests.sh --quick     what needs no process of its own, for every edit: under two minutes
 #   bash run_tests.sh --all       and the pinned PyTorch 2.13 beside it (so does CI=true)
 #   bash run_tests.sh -k margin   arguments go to pytest: one narrow run of the tests that they choose
 #
 # PYTHON=... chooses the interpreter for a new .venv, TEST_WORKERS=... the number of test processes (2).
+[ "${BASH##*/}" = bash ] || exec bash "$0" "$@"  # as after: sh run_tests.sh
 set -u
 cd "$(dirname "$0")" || exit 1
 source scripts/environment.sh
@@ -29,6 +31,10 @@ mkdir -p "$logs"
 main_tests() { "$1" -m pytest -n "$workers" --ignore=test/npu --ignore=test/versions "${@:2}"; }
 npu_tests() { "$1" -m pytest -n "$workers" --dist=loadfile "${@:2}"; }
 
+if [ "${1:-}" = --quick ]; then
+    "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . && main_tests "$PYTHON" -q test/unit "$@"
+    exit
+fi
 if [ $# -gt 0 ]; then
     case "$*" in
     *test/npu*) npu_tests "$PYTHON" "$@" ;;

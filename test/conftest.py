@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +35,36 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("triton.language")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out tests that start a process, or are marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_processes(request):
+    """With --quick a test that comes to start a process is skipped there: nobody has to keep a list."""
+    if not request.config.getoption("--quick"):
+        yield
+        return
+    popen = subprocess.Popen.__init__
+
+    def start(self, args, *more, **named):
+        if args[0] != "git":  # every record asks it for the commit
+            pytest.skip("starts a process: not in --quick")
+        popen(self, args, *more, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", start)
+        patch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: start(self, [""]))
+        yield
 
 
 @pytest.fixture(scope="session")
