@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from pathlib import Path
 
 from config import CASE
 from runtime.errors import ReportError
+from runtime.files import open_regular
 
 COMPLETE = ("finished", "max_iter")
 # A line a step of a run of years is far below this; what is larger is no metrics.jsonl.
@@ -74,7 +76,7 @@ LINES = {
     },
     "verify": {
         "step": count, "set": text, "accuracy": number, "std": number, "threshold": number, "pairs": count,
-        "untrained": yes_or_no, "tar_at_far": rates, "tar_at_far_why_not": {"": text},
+        "untrained": yes_or_no, "caution": text, "tar_at_far": rates, "tar_at_far_why_not": {"": text},
         "roc": {"fpr": [number], "tpr": [number]},
     },
     "window": {"images": count, "seconds": number, "steps": count},
@@ -97,11 +99,12 @@ def read_metrics(path: Path) -> list[dict]:
     A torn line just before a `run` line is what a killed run left before the run was resumed, and is skipped.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ReportError(
-                f"{path} has {path.stat().st_size:,} bytes: no run leaves so much, this is something else"
-            )
-        texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MOST_BYTES:
+                raise ReportError(
+                    f"{path} has more than {MOST_BYTES:,} bytes: no run leaves so much, it is something else"
+                )
+            texts = file.read().decode("utf-8", "replace").split("\n")
     except OSError as error:
         raise ReportError(f"{path} cannot be read ({error.strerror}): is this the folder of a run?") from None
     numbered = [(place, _parse(line)) for place, line in enumerate(texts, 1) if line.strip()]

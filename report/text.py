@@ -60,6 +60,8 @@ def result_rows(verification: list[dict]) -> tuple[list[str], list[tuple[str, li
         cells = [name, state, formatted(line.get("pairs"), "d"), formatted(line["accuracy"], ".4f") + spread]
         cells += [formatted(line.get("threshold"), ".3f"), *("-" if rate is None else f"{rate:.4f}" for rate in rates)]
         rows.append((state, cells))
+        if line.get("caution"):
+            reasons[f"{name}: {line['caution']}"] = None
         for far, reason in (line.get("tar_at_far_why_not") or {}).items():
             reasons[f"{name}: TAR at FAR {far} {reason}"] = None
     return head, rows, list(reasons)

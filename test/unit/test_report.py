@@ -146,6 +146,16 @@ def test_the_page_says_what_is_missing(run_log, tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_what_a_set_cannot_tell_is_said_below_the_table(run_log, tmp_path, capsys):
+    begin(run_log)
+    step(run_log, 5)
+    verified(run_log, 5, "lfw", 1.0, caution="all 20 pairs are equal: no accuracy can be told")
+    finish(run_log)
+    command.main([str(tmp_path)])
+    line = "lfw: all 20 pairs are equal: no accuracy can be told"
+    assert line in capsys.readouterr().out.splitlines() and line in texts(tmp_path)[1]
+
+
 def test_without_verification_the_accuracy_is_the_trainings(run_log, tmp_path, capsys):
     begin(run_log)
     step(run_log, 5, accuracy=0.125)
