@@ -17,6 +17,7 @@ import config as options
 import report
 from configs import RECIPES
 from runtime import files, log
+from runtime.progress import progress, ticking
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
         )  # fmt: skip
         results = {}
         for name, path in sets.items():
-            with log.progress_bar(world, f"verifying on {name}", "image") as bar:
+            with progress(None, f"verifying on {name}", "image", shown=world.is_main) as bar:
                 results.update(
                     recognizer.verify(
                         {name: path},
@@ -90,7 +91,7 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
                         config.eval_batch_size,
                         config.flip_sum,
                         config.channel_order or None,
-                        progress=bar.update,
+                        progress=ticking(bar),
                     )
                 )
         records = {name: embed.as_record(result) for name, result in results.items()}
@@ -98,8 +99,6 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
             run_log.record("verify", step=0, epoch=0, set=name, untrained=False, **record)
         run_log.record("end", seconds=time.time() - started, reason="finished", steps=0)
     if world.is_main:
-        table = [{"set": name, "untrained": None, "trained": record} for name, record in records.items()]
-        print("\n".join(report.result_lines(table)))
         facts = {
             "weights": str(config.pth_path),
             "network": recognizer.name,
@@ -116,6 +115,7 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "evaluation.json", log.plain(facts))
         save_roc(results, folder / "roc.png")
+        report.finish(run_dir, case=config.case)
         logger.info("results are in %s", folder)
     return results
 

@@ -31,8 +31,10 @@ from runtime.dist import ALONE, World, wrap_data_parallel
 from runtime.divergence import first_non_finite
 from runtime.errors import ConfigError, DataError
 from runtime.loss_scale import parse_loss_scale
+from runtime.opening import opening_lines
 from runtime.precision import Precision, make_precision
 from runtime.profile import profiled
+from runtime.progress import progress, ticking
 from runtime.signals import Stopped, StopSignals
 from runtime.speed import WARMUP_STEPS, Speed
 from verify import embed, facebank
@@ -148,6 +150,8 @@ class Learner:
         )
         self.progress = Progress(step=config.start_epoch * self.steps_per_epoch, epoch=config.start_epoch)
         self.resumed: Optional[Path] = None  # the checkpoint whose training this one continues
+        self.run_dir = Path(config.run_dir) if config.run_dir else None  # of metrics and report; found when it begins
+        self.weights = ""  # where the first weights come from; empty for new ones
 
     @classmethod
     def from_config(
@@ -193,6 +197,7 @@ class Learner:
                 config.memory_format,
             )
         learner = cls(recognizer, config, dataset, world)
+        learner.weights = config.pth_path if start is not None else ""
         if start is not None and not config.is_finetune:
             learner.start_from(*start)
         elif config.resume or config.fs_checkpoint_dir:
@@ -204,8 +209,8 @@ class Learner:
     def train(self) -> None:
         """Trains up to `config.epochs`: each epoch trains, saves and verifies. Raises Stopped after a signal."""
         config, world, at = self.config, self.world, self.progress
-        run_dir = Path(config.run_dir or Path(config.work_path) / "log")
         started = time.time()
+        run_dir = self.run_dir = self.run_dir or runlog.run_folder(config.work_path, self.resumed is not None)
         if self.resumed is None:
             self.device.seed(config.seed + 1 + world.rank)  # different on each rank (dropout), unlike the weights
         if at.epoch >= config.epochs:
@@ -215,6 +220,8 @@ class Learner:
         tracing = profiled(self.device, run_dir / "profile", config.profile and world.is_main)
         with log, saving, tracing as profiler, StopSignals(world) as signals:
             log.record("run", **self.describe())
+            for line in self._opening():
+                logger.info(line)
             warmup = min(WARMUP_STEPS, (config.epochs - at.epoch) * self.steps_per_epoch // 2)
             speed = Speed(self.device, config.batch_size, warmup)
             reason = "failed"
@@ -246,11 +253,11 @@ class Learner:
         self.backbone.train()
         self.loader.set_position(at.epoch, at.step_in_epoch * config.accumulate)
         batches = iter(self.device.prefetch(iter(self.loader), self._to_device))
-        title = f"epoch {at.epoch + 1}/{config.epochs}"
+        title = f"epoch {at.epoch} of 0-{config.epochs - 1}"
         # Sums stay on the device between two lines of the log: no step waits for the host.
         sums, steps = 0, 0
         speed.start()
-        with runlog.progress_bar(self.world, title, "step", self.steps_per_epoch, at.step_in_epoch) as bar:
+        with progress(self.steps_per_epoch, title, "step", at.step_in_epoch, self.world.is_main) as bar:
             while at.step_in_epoch < self.steps_per_epoch:
                 lr = self.schedule(at.step)
                 sums, steps = sums + self._train_step(batches, lr), steps + 1
@@ -378,8 +385,8 @@ class Learner:
     def _verify(self, log, signals) -> None:
         at, untrained = self.progress, self.progress.step == 0
         for name, path in self.pair_sets.items():
-            with runlog.progress_bar(self.world, f"verifying on {name}", "image") as bar:
-                result = self.evaluate({name: path}, stop_signal=lambda: signals.here, progress=bar.update)[name]
+            with progress(None, f"verifying on {name}", "image", shown=self.world.is_main) as bar:
+                result = self.evaluate({name: path}, stop_signal=lambda: signals.here, progress=ticking(bar))[name]
             logger.info(
                 "%s_accuracy: %.5f +- %.5f at %.2f%s",
                 name,
@@ -427,6 +434,36 @@ class Learner:
             self.loader.set_position(epoch, 0)
             yield from map(self._to_device, self.loader)
             epoch += 1
+
+    def _opening(self) -> list[str]:
+        """What this run is about to do, for who started it."""
+        config, at = self.config, self.progress
+        course = {
+            "milestones": f"x {config.gamma:g} after epochs {', '.join(map(str, config.milestones)) or '-'}",
+            "constant": "constant",
+        }.get(config.lr_schedule, config.lr_schedule)
+        return opening_lines(
+            network=self.recognizer.name,
+            parameters=sum(p.numel() for p in self.backbone.parameters()),
+            embedding_size=self.recognizer.architecture["embedding_size"],
+            loss=config.loss_type,
+            data="synthetic images" if config.data_mode == "synthetic" else config.data_path,
+            images=len(self.dataset),
+            classes=self.dataset.num_classes,
+            verified=list(self.pair_sets),
+            batch_size=config.batch_size,
+            ranks=self.world.size,
+            accumulate=config.accumulate,
+            epochs=(at.epoch, config.epochs),
+            steps_per_epoch=self.steps_per_epoch,
+            device=self.device.describe()["name"],
+            precision=self.precision.policy.name,
+            lr=config.lr,
+            lr_course=course,
+            weights=str(self.resumed or self.weights),
+            checkpoints=str(self.checkpoints.folder),
+            run_dir=str(self.run_dir),
+        )
 
     # --- what a run and its checkpoints record -----------------------------------------------------------------------
 

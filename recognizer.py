@@ -42,6 +42,7 @@ class Recognizer:
 
     channel_order: "rgb" or "bgr", what the net takes; images are RGB everywhere, `to_input` makes the difference.
     threshold: squared L2 distance of unit embeddings below which two faces are one person; None until one is known.
+    calibration: how the threshold was found, as plain values (`deploy.calibration`); None where verification chose it.
     precision: how it computes; fp32 unless said otherwise.
     """
 
@@ -54,9 +55,10 @@ class Recognizer:
         threshold: Optional[float] = None,
         memory_format: str = "auto",
         precision: Optional[Precision] = None,
+        calibration: Optional[dict] = None,
     ):
         self.device, self.architecture = device, architecture
-        self.threshold = threshold
+        self.threshold, self.calibration = threshold, calibration
         self.memory_format = device.layout(memory_format)
         self.backbone = backbone.to(device=device.torch, memory_format=self.memory_format)
         self.channel_order = channel_order
@@ -132,7 +134,15 @@ class Recognizer:
         log.info("%s: %s", place, found)
         if found.assumed:
             log.warning("%s: %s", place, found.assumed)
-        return cls(backbone, architecture, device, found.channel_order, meta.get("threshold"), memory_format)
+        return cls(
+            backbone,
+            architecture,
+            device,
+            found.channel_order,
+            meta.get("threshold"),
+            memory_format,
+            calibration=meta.get("calibration"),
+        )
 
     # --- what it is --------------------------------------------------------------------------------------------------
 
@@ -157,6 +167,7 @@ class Recognizer:
             "normalisation": NORMALISATION,
             "channel_order": self.channel_order,
             "threshold": self.threshold,
+            "calibration": self.calibration,
         }
 
     @property

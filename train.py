@@ -7,6 +7,7 @@ import sys
 
 import config as options
 import configs
+import report
 from runtime import log
 
 
@@ -30,10 +31,13 @@ def main() -> int:
     device.set()
     with open_world(device, config.dist_timeout, config.dist_backend) as world, device.failures_explained():
         try:
-            Learner.from_config(config, device, world).train()
+            learner = Learner.from_config(config, device, world)
+            learner.train()
         except Stopped as stopped:
             print(f"error: {stopped}", file=sys.stderr)
             return 128 + stopped.signal_number
+    if world.is_main:
+        report.finish(learner.run_dir, case=config.case)
     return 0
 
 

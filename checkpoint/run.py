@@ -61,6 +61,11 @@ class Checkpoints:
         self._uploader: Optional[remote.Uploader] = None
         self._saver: Optional[sharded.Saver] = None
 
+    @property
+    def folder(self) -> Path:
+        """Where this run's checkpoints go."""
+        return self.sharded if self.kind == "sharded" else self.models
+
     # --- saving ------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -68,7 +73,7 @@ class Checkpoints:
         """While open, `save` can be called. upload_to: folder of the store that gets a copy of each checkpoint.
 
         Raises CheckpointError where nothing can be written: before the training, not hours later."""
-        folder = self.sharded if self.kind == "sharded" else self.models
+        folder = self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             reason = None if os.access(folder, os.W_OK) else "no permission"

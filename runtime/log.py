@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -77,24 +76,15 @@ def setup_logging(rank: int = 0, size: int = 1, level: int = logging.INFO, strea
     logging.getLogger("torch").setLevel(logging.WARNING)  # its process groups tell every step of their making
 
 
-def run_folder(parent, name: str, resumed: bool = False) -> Path:
-    """The folder of one run's metrics below `parent`, made by this call: each run has its own, <name>_<time>.
-
-    A resumed run goes on in the newest one that has metrics, where there is any.
-    """
-    parent = Path(parent)
-    before = sorted(path.parent for path in parent.glob(f"{name}_*/metrics.jsonl")) if resumed else []
-    if before:
-        return before[-1]
-    stem = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
-    for n in itertools.count(1):
-        folder = parent / (stem if n == 1 else f"{stem}.{n}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:  # another run has started in the same second
-            if not folder.is_dir():
-                raise
+def run_folder(work_path, resumed: bool = False) -> Path:
+    """Where a run's metrics go when nobody says: `work_path`/log, log_2, ...: the first without metrics of another
+    run, or for a resumed run the last that has some."""
+    taken, free = None, Path(work_path) / "log"
+    number = 1
+    while (free / "metrics.jsonl").exists():
+        number += 1
+        taken, free = free, Path(work_path) / f"log_{number}"
+    return taken if resumed and taken is not None else free
 
 
 class RunLog:
@@ -202,11 +192,3 @@ def _summary_writer(folder: Path):
         logger.info("tensorboardX is not installed: scalars go to metrics.jsonl only")
         return None
     return SummaryWriter(str(folder))
-
-
-def progress_bar(world, title: str, unit: str, total: int | None = None, done: int = 0):
-    """A tqdm bar on rank 0's terminal; elsewhere it is disabled, and plain lines take its place."""
-    from tqdm import tqdm
-
-    disable = not world.is_main or not sys.stderr.isatty()
-    return tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, disable=disable)

@@ -7,7 +7,7 @@ import os
 import sys
 
 
-def progress(total: int, desc: str, unit: str, initial: int = 0, shown: bool = True):
+def progress(total: int | None, desc: str, unit: str, initial: int = 0, shown: bool = True):
     """A tqdm bar on stderr where that is a terminal; elsewhere a disabled one (`.disable`), which costs nothing.
 
     Under a launcher stderr goes through tee into a log: the bar goes to the terminal that the launcher names in
@@ -19,6 +19,16 @@ def progress(total: int, desc: str, unit: str, initial: int = 0, shown: bool = T
     return tqdm(
         total=total, initial=initial, desc=desc, unit=unit, dynamic_ncols=True, file=terminal, disable=terminal is None
     )
+
+
+def ticking(bar):
+    """(done, total) -> the bar moved on by `done` of `total`: for work that knows its size only when it has begun."""
+
+    def tick(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done)
+
+    return tick
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def embed_images(
     *,
     to_input,
     stop_signal=lambda: 0,
-    progress=lambda done: None,
+    progress=lambda done, total: None,
 ) -> np.ndarray:
     """Unit embeddings of all images, float32 [N, D], the same on every rank. The model is the same on every rank.
 
@@ -58,7 +58,7 @@ def embed_images(
     flip_sum: add the embedding of the mirrored image before normalising.
     autocast: makes the context of a forward pass, for example `Precision.autocast`.
     stop_signal: asked between batches; the number of a signal ends the work, on all ranks, with `Stopped`.
-    progress: told how many images of this rank each batch had.
+    progress: told (images of a batch, images of this rank).
 
     The unit handed to ranks is a batch, not an image: its content, and so every rounding in it, is the same whatever
     the number of ranks. Raises PairError where there are no images.
@@ -87,7 +87,7 @@ def embed_images(
             if flip_sum:
                 emb_BD = emb_BD + forward(images_BHWC.flip(2))
             parts.append(F.normalize(emb_BD))
-            progress(len(images_BHWC))
+            progress(len(images_BHWC), stop - start)
             if stop_signal():
                 break
         # a rank without a batch learns the width from the others, and one without a signal that it has to leave

@@ -203,13 +203,8 @@ def test_threads_of_a_command_sleep_while_they_wait_unless_the_user_says_otherwi
     assert done.returncode == 1 and f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
 
 
-def test_each_run_has_a_folder_of_its_own_and_a_resumed_one_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(log.time, "strftime", lambda form: "20300101-000000")
-    first = log.run_folder(tmp_path / "log", "train", resumed=True)
-    second = log.run_folder(tmp_path / "log", "train")
-    assert [first.name, second.name] == ["train_20300101-000000", "train_20300101-000000.2"]
-    (first / "metrics.jsonl").touch()
-    assert log.run_folder(tmp_path / "log", "train", resumed=True) == first
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError):
-        log.run_folder(tmp_path / "file", "train")
+def test_each_run_has_a_folder_of_its_own_and_a_resumed_one_goes_on(tmp_path):
+    assert log.run_folder(tmp_path, resumed=True) == log.run_folder(tmp_path) == tmp_path / "log"
+    RunLog(tmp_path / "log", ALONE, {}, tensorboard=False).close()
+    assert log.run_folder(tmp_path) == tmp_path / "log_2"
+    assert log.run_folder(tmp_path, resumed=True) == tmp_path / "log"
