@@ -88,10 +88,12 @@ class NormStatistics:
         """Lengths of the whole batch, all ranks' -> quality_B within -1..1 (arXiv 2204.00964, equations 11 to 13)."""
         norm_B = norm_B.detach().clamp(0.001, 100)
         newest = torch.stack([norm_B.mean(), norm_B.std(unbiased=False)])
-        before = torch.full_like(newest, float("nan")) if self.mean_spread is None else self.mean_spread.to(newest)
-        running = torch.where(torch.isfinite(before), before + self.alpha * (newest - before), newest)
-        # one damaged batch must not stay in the statistics for ever, be it the first
-        running = torch.where(torch.isfinite(running), running, before)
+        running = newest
+        if self.mean_spread is not None:
+            before = self.mean_spread.to(newest)
+            running = torch.where(torch.isfinite(before), before + self.alpha * (newest - before), newest)
+            # one damaged batch must not stay in the statistics for ever, be it the first
+            running = torch.where(torch.isfinite(running), running, before)
         if update:
             self.mean_spread = running
         mean, spread = running

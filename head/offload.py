@@ -29,9 +29,15 @@ class HostTable:
     def fetch(self, where):
         """Starts to bring these rows (a slice, or row numbers on the host) to the device; for `take`."""
         if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, "host rows", torch.set_num_threads, (self.threads,))
+            self._worker = ThreadPoolExecutor(1, "host rows", self._start)
             self._stream = self._api.Stream(device=self.device) if self._api else None
         return self._worker.submit(self._fetch, where, self._mark())
+
+    def _start(self) -> None:
+        """In the worker. A new thread has no device of its own: on an NPU its first question would open NPU 0."""
+        torch.set_num_threads(self.threads)
+        if self._api:
+            self._api.set_device(self.device)
 
     def take(self, fetching):
         """A table of the rows that `fetch` began to bring; the current stream waits for it."""

@@ -64,3 +64,46 @@ def test_a_bad_batch_moves_nothing_without_asking_the_host():
     head.step(0.1, found_inf=head.found_inf())
     assert torch.equal(head.centers.weight.cpu(), before_CD.cpu())
     assert not torch.isfinite(emb_BD.grad).any()
+
+
+def test_nothing_in_a_good_step_raises_a_saturating_chip_s_flag_and_an_unknown_label_does(npu_python):
+    code = """
+import test_npu_head, torch, torch_npu
+from head.head import MarginHead
+flag = torch.npu.utils.get_npu_overflow_flag
+torch.npu.clear_npu_overflow_flag()
+for name, options in test_npu_head.CASES.items():
+    test_npu_head.train(torch.device("npu:0"), **options)
+    assert not flag(), name
+head = MarginHead(300, 16, device=torch.device("npu:0"))
+labels = torch.tensor([1, 2, 300, 4]).npu()
+head.prepare(labels)
+head(torch.randn(4, 16).npu(), labels)
+assert flag()
+"""
+    done = npu_python("-c", code, NPU_SIM_SATURATE="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_step_keeps_off_the_chip_s_slow_cpu(emulated_npu):
+    """The AICPU and the host's CPU answer some operators in hundreds of microseconds a call and more, whatever their
+    size: none in a step of any storage, sampler and update."""
+    import npu_sim
+
+    assert npu_sim.slow({"aten::__rshift__": {"Int"}, "aten::cumsum": {"Float"}}) == {"aten::__rshift__": {"Int"}}
+    for name, options in CASES.items():
+        npu_sim.forget_operators()
+        train(torch.device("npu:0"), **options)
+        assert not npu_sim.slow(npu_sim.operators()), name
+
+
+def test_host_momentum_leaves_the_other_npus_alone(npu_python):
+    """A thread has no device until it sets one; its first question opens NPU 0, which belongs to another rank."""
+    code = """
+import test_npu_head, torch, torch_npu
+torch.npu.set_device(1)
+test_npu_head.train(torch.device("npu:1"), **test_npu_head.CASES["momentum on the host"])
+assert torch.ops.npu_sim.opened() == [1], torch.ops.npu_sim.opened()
+"""
+    done = npu_python("-c", code)
+    assert done.returncode == 0, done.stderr

@@ -91,8 +91,8 @@ def test_the_fused_sgd_of_every_version_takes_the_plain_one_s_steps(plain_cpu, e
 
 
 def test_a_chip_that_saturates(npu_python):
-    """It has no inf and no nan: what is not finite shows as a flag of the chip, and a finite test alone would take the
-    step."""
+    """It has no inf and no nan: what is not finite shows as a flag of the chip, which nothing that the program does in
+    a good step may raise, and nothing before the step may leave behind."""
     code = """
 import torch
 from runtime.device import parse_device
@@ -100,6 +100,13 @@ from runtime.loss_scale import LossScaling
 from small_training import SmallTraining
 npu = parse_device("npu")
 assert npu.saturates
+for policy in ("O0", "O2", "fp16"):
+    training = SmallTraining(npu, policy).run(1)
+    torch.full((1,), 65504.0).npu().half().mul_(2)  # what a verification may do between two steps
+    training.run(2)
+    assert training.precision.skipped == 0, (policy, training.precision.skipped)
+    assert torch.npu.utils.get_npu_overflow_flag() is False
+
 for policy in ("O1", "O2", "fp16"):
     scaling = LossScaling(init_loss_scaling=2.0**40, decr_every_n_nan_or_inf=1)
     training = SmallTraining(npu, policy, scaling=scaling)

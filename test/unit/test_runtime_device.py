@@ -461,6 +461,5 @@ def test_a_torch_npu_for_another_torch_is_named(fake_torch_npu):
 def test_no_torch_npu_names_the_package():
     if importlib.util.find_spec("torch_npu") is not None or hasattr(torch, "npu"):
         pytest.skip("torch_npu is installed here")
-    version = torch.__version__.split("+")[0]
-    with pytest.raises(DeviceError, match=f"torch_npu is not installed; .* pip install torch_npu=={version}"):
+    with pytest.raises(DeviceError, match="torch_npu is not installed; .* install CANN .* torch-npu=="):
         parse_device("npu")

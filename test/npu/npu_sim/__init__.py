@@ -45,3 +45,22 @@ def operators() -> dict[str, set[str]]:
 
 def forget_operators() -> None:
     torch.ops.npu_sim.clear_calls()
+
+
+_INTEGERS = {"Byte", "Char", "Short", "Int", "Long"}
+# Operators that no core of the chip computes before Ascend950, by the types for which that holds: they run on its few
+# small ARM cores (AICPU), or, where torch_npu registers none, on the host behind a copy there and back.
+_SLOW = {
+    **dict.fromkeys(("__rshift__", "__irshift__", "bitwise_right_shift", "bitwise_right_shift_"), _INTEGERS),
+    **dict.fromkeys(("sort", "argsort", "topk", "unique", "_unique2", "unique_consecutive", "searchsorted"), _INTEGERS),
+    **dict.fromkeys(("cumsum", "cumsum_"), {"Long", "Bool"}),
+    **dict.fromkeys(("index_put_", "_index_put_impl_"), {"Long"}),
+    "_fused_sgd_": {"Float", "Half", "BFloat16"},
+    "randperm": _INTEGERS,
+}
+
+
+def slow(called: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Of operators(), those that run on the AICPU or fall back to the host."""
+    found = {name: dtypes & _SLOW.get(name.split("::")[-1], set()) for name, dtypes in called.items()}
+    return {name: dtypes for name, dtypes in found.items() if dtypes}
