@@ -203,7 +203,7 @@ class Update:
         if self.kernel is not None:
             # pinned host memory the kernel reads and writes where it is
             table = momentum.table if isinstance(momentum, HostTable) else momentum
-            self.kernel(self, where, grad_KW, scale_K, along_K, table)
+            self.kernel(self, where, grad_KW, scale_K, table)
             return
         if weight_KW is None:
             weight_KW = rows_of(centers.weight, where)

@@ -110,7 +110,8 @@ class HeadOp:
     """One implementation. reason_against(device) -> why it cannot run there, or None. second's `sink(start, stop,
     grad_KW, scale_K=None, along_K=None, weight_KW=None)` takes the gradient scale_K * grad_KW - along_K * weight of
     rows start:stop (None: 1 and 0), and may write into grad_KW; weight_KW are those rows, where they have been read
-    anyway. update_rows: its own SGD on rows, if it has one (`head.centers.Update`)."""
+    anyway. update_rows: its own SGD on rows, if it has one, which takes the gradient's part along the row off by itself
+    (`head.centers.Update`)."""
 
     name: str
     first: Callable

@@ -114,7 +114,7 @@ class Chunked:
         value_B, derivative_B = spec.margin(target_B, norm_B)
         logit_B = spec.s * value_B
 
-        top_B, sum_B, best_B, better_B, out_BD = self.scan(left, rows, spec, spec.s * target_B, learn)
+        top_B, sum_B, best_B, better_B, out_BD = self.scan(left, rows, spec, spec.s * target_B, logit_B, learn)
         # the target joins on the rank that holds it
         top_own_B = torch.where(own_B, torch.maximum(top_B, logit_B), top_B)
         all_top_B, best_B = world.all_reduce_(torch.stack([top_own_B, best_B]), op="max")
@@ -134,16 +134,17 @@ class Chunked:
             kept = Kept(left.unit_BD, lse_B, minus_B, column_B)
         return FirstPass(lse_B - logit_B, best_B < spec.s * target_B, better_B < 5, grad_BD, kept)
 
-    def scan(self, left, rows, spec, plain_B, learn):
+    def scan(self, left, rows, spec, plain_B, logit_B, learn):
         """Over all columns but the target's: the largest logit, the sum of exp(logit - that), the largest before
-        filtering, (with top5) how many reach the target's plain logit plain_B, and the sum of exp(..) Ŵ."""
+        filtering, (with top5) how many reach the target's plain logit plain_B, and the sum of exp(..) Ŵ. The largest
+        may be logit_B instead, the target's own with its margin."""
         # finite, so that a chunk with no other column than the target's gives no inf - inf
         top_B = torch.full_like(plain_B, torch.finfo(plain_B.dtype).min / 4)
         sum_B, better_B = torch.zeros_like(plain_B), torch.zeros_like(plain_B)
         best_B = torch.full_like(plain_B, torch.finfo(plain_B.dtype).min)
         out_BD = torch.zeros_like(left.unit_BD) if learn else None
-        chunks, flat = _chunks(left, rows)
-        for start, stop in chunks:
+        flat = _buffer(left, rows)
+        for start, stop in chunks_of(left, rows):
             right_KD, inverse_K = left.right(*rows.read(start, stop))
             z_BK = left.logits(right_KD, inverse_K, flat)
             # far below any logit, and finite: some chips take inf for an overflow
@@ -188,11 +189,11 @@ class Chunked:
             if limit is not None:
                 minus_B = minus_B.clamp(-limit, limit)
             shift_B = kept.lse_B - math.log(boost)
-            chunks, flat = _chunks(left, rows)
+            flat = _buffer(left, rows)
             other = torch.empty_like(flat)
             width = right_BD.shape[1]
             grad = flat.new_empty(len(flat) // len(right_BD) * width)
-            for start, stop in chunks:
+            for start, stop in chunks_of(left, rows):
                 stored_KD, inverse_K = rows.read(start, stop)
                 p_BK, along_K = self.probabilities(
                     left, kept, stored_KD, inverse_K, spec, start, shift_B, minus_B, (flat, other)
@@ -226,12 +227,19 @@ class Chunked:
         return p_BK.to(left.operand_BD.dtype), along_K
 
 
-def _chunks(left, rows) -> tuple:
-    """[(start, stop), ...] and a [B, chunk] buffer, flat."""
-    batch, dim = left.unit_BD.shape
-    chunk = chunk_rows(batch, dim, left.unit_BD.device.type, rows.count)
-    starts = range(0, rows.count, chunk)
-    return [(start, min(start + chunk, rows.count)) for start in starts], left.unit_BD.new_empty(batch * chunk)
+def chunks_of(left, rows) -> list:
+    """[(start, stop), ...]"""
+    chunk = _chunk(left, rows)
+    return [(start, min(start + chunk, rows.count)) for start in range(0, rows.count, chunk)]
+
+
+def _chunk(left, rows) -> int:
+    return chunk_rows(*left.unit_BD.shape, left.unit_BD.device.type, rows.count)
+
+
+def _buffer(left, rows):
+    """[B * chunk], for a chunk's logits."""
+    return left.unit_BD.new_empty(len(left.unit_BD) * _chunk(left, rows))
 
 
 def _range(operand_BD) -> tuple:
