@@ -53,9 +53,11 @@ class FaceService:
         if isinstance(images, (bytes, bytearray)):
             raise TypeError("encode takes a list of images")
         texts = [base64.b64encode(image).decode("ascii") for image in images]
-        answer = "retry"
+        answer, again = "retry", True
         while answer == "retry":
             answer = self.infer(json.dumps({"base64_string": texts}))
+            if answer == "fail" and again:  # servers that were left out long ago may be back
+                answer, again = "retry", False
         if answer == "fail":
             raise FaceServiceError(f"All server failed: {self._reason}")
         if "instance" not in answer:

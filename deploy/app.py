@@ -61,7 +61,7 @@ class Settings:
     max_images: int = 64
     max_faces: int = 1024
     timeout: float = 30.0
-    batch: int = 64
+    batch: int = 16  # with more, whole crowds of clients wait for one batch, and the model for them
 
 
 class Refused(Exception):
@@ -87,7 +87,9 @@ class Engine:
         self.threshold = settings.threshold
         for known in (getattr(self.gallery, "threshold", None), self.recognizer.threshold):
             self.threshold = known if self.threshold is None else self.threshold
-        self.batcher = Batcher(self.recognizer.embed, settings.batch, observe=self.metrics.batch)
+        # a file with a fixed batch gains nothing from more
+        most = min(settings.batch, getattr(self.recognizer, "batch", None) or settings.batch)
+        self.batcher = Batcher(self.recognizer.embed, most, observe=self.metrics.batch)
         # decoding and detection release Python's lock; the gallery's database is used by one thread
         self.workers = ThreadPoolExecutor(max(settings.threads, 2), "decode")
         self.one_by_one = ThreadPoolExecutor(1, "gallery")

@@ -149,6 +149,7 @@ def _address(host: str, port: int) -> str:
 
 def _worker(settings, listener, worker, workers, shared, ready, parent) -> None:
     setup_logging()
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         _run_worker(settings, listener, worker, workers, shared, ready, parent)
     except UserError as error:
