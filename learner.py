@@ -37,7 +37,8 @@ from runtime.profile import profiled
 from runtime.progress import progress, ticking
 from runtime.signals import Stopped, StopSignals
 from runtime.speed import WARMUP_STEPS, Speed
-from verify import embed, facebank
+from verify import embed
+from verify.nearest import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -411,7 +412,7 @@ class Learner:
         """
         known = self.recognizer.threshold
         limit = threshold if threshold is not None else known if known is not None else 1.5
-        return facebank.nearest(self.recognizer.embed(faces, self.world), target_embeddings, limit)
+        return nearest(self.recognizer.embed(faces, self.world), target_embeddings, limit)
 
     def find_lr(self, lowest: float = 1e-6, highest: float = 10.0, steps: int = 100, plot_path: Optional[str] = None):
         """Learning-rate range test (`optim.range_test`); the learner is afterwards as it was before.

@@ -150,8 +150,9 @@ def load(ports: list, clients: int, seconds: float, bodies: list, during=None) -
         finally:
             sys.stdout = shown
     p50, p99 = (1e3 * np.percentile(taken, [50, 99])).round(2).tolist() if taken else (None, None)
-    return {"clients": clients, "p50_ms": p50, "p99_ms": p99,
-            "images_per_second": round(len(taken) / wall, 1), "requests": len(taken), "failed": len(failed)}  # fmt: skip
+    rate = round(len(taken) / wall, 1)
+    return {"clients": clients, "p50_ms": p50, "p99_ms": p99, "images_per_second": rate,
+            "requests": len(taken), "failed": len(failed)}  # fmt: skip
 
 
 def under_load(args, bodies) -> list:

@@ -1,7 +1,8 @@
 """What embeds faces: a checkpoint through `recognizer.Recognizer`, or an ONNX file through onnxruntime.
 
-Both have `embed(images | paths) -> unit float32 [N, D]`, `size` (the side of an aligned face), `threshold` (squared L2
-distance of unit embeddings, or None), `fingerprint` (which weights these are), `channel_order` and `meta`.
+Both have `embed(images | paths) -> unit float32 [N, D]`, `threshold` (squared L2 distance of unit embeddings, or None),
+`calibration` (how it was found, or None), `fingerprint` (which weights these are), `channel_order` and `meta`; an ONNX
+file may take faces of another `size` than 112.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ class OnnxRecognizer:
         self.meta = dict(self.session.get_modelmeta().custom_metadata_map)
         self.channel_order = self.meta.get("channel_order", "rgb")
         self.fingerprint = self.meta.get("fingerprint") or files.file_checksum(path)
-        self.meta["calibration"] = _calibration(self.meta.get("calibration"), path)
-        self.threshold = (self.meta["calibration"] or {}).get("threshold")
+        self.calibration = _calibration(self.meta.get("calibration"), path)
+        self.threshold = (self.calibration or {}).get("threshold")
 
     def embed(self, images) -> np.ndarray:
         """Unit embeddings float32 [N, D] of uint8 RGB faces [N, S, S, 3], or of such images' paths.

@@ -173,8 +173,8 @@ def write_calibration(recognizer, path, calibration: Calibration, output=None) -
     if not isinstance(state, dict) or not isinstance(state.get("meta"), dict):
         if target == path:
             raise ConfigError(f"{path}: is no .pth file of this project, and stays as it is: give --output=NAME.pth")
-        recognizer.save(target)
-        state = store.load_pth(target)
+        recognizer.threshold, recognizer.calibration = calibration.threshold, record
+        return recognizer.save(target)
     state["meta"].update(threshold=calibration.threshold, calibration=record)
     store.save_pth(target, state)
     return target

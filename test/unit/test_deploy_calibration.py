@@ -121,7 +121,7 @@ def test_into_an_onnx_file_which_stays_the_same_model(tmp_path):
     result = calibration.Calibration(1.25, 1.2, 1.3, 1e-3, 0.9, 5000, 100, "lfw.bin")
     assert calibration.write_calibration(recognizer, path, result) == path
     _, again = load_recognizer(tmp_path)  # the folder holds one model
-    assert again.threshold == 1.25 and again.meta["calibration"] == result.as_dict()
+    assert again.threshold == 1.25 and again.calibration == result.as_dict()
     assert again.fingerprint == recognizer.fingerprint
     image = np.full((2, 112, 112, 3), 10, np.uint8)
     assert np.array_equal(again.embed(image), recognizer.embed(image))
@@ -154,3 +154,31 @@ def test_a_fixed_batch_of_one_serves_any_number(shared):
     assert recognizer.batch == 1 and together.shape == (3, 128)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, rtol=1e-6)
     assert np.array_equal(together[2:], recognizer.embed(images[2:]))
+
+
+def test_into_a_training_checkpoint_of_which_all_else_stays(tmp_path):
+    import torch
+
+    from checkpoint import store
+    from deploy.backends import load_recognizer
+    from recognizer import Recognizer
+
+    path = Recognizer.create("mobilefacenet", embedding_size=16, device="cpu").save(tmp_path / "model.pth")
+    state = store.load_pth(path)
+    store.save_pth(path, {**state, "head": {"kernel": torch.ones(16, 3)}, "epoch": 4})
+    place, recognizer = load_recognizer(path, "cpu")
+    result = calibration.Calibration(1.25, 1.2, 1.3, 1e-3, None, 5000, 0, "lfw.bin")
+    assert calibration.write_calibration(recognizer, place, result) == path
+    after = store.load_pth(path)
+    assert after["epoch"] == 4 and torch.equal(after["head"]["kernel"], torch.ones(16, 3))
+    assert all(torch.equal(after["model"][name], value) for name, value in state["model"].items())
+    _, again = load_recognizer(path, "cpu")
+    assert again.threshold == 1.25 and again.calibration == result.as_dict()
+    assert again.fingerprint == recognizer.fingerprint
+
+    torch.save(recognizer.backbone.state_dict(), tmp_path / "bare.pth")
+    _, foreign = load_recognizer(tmp_path / "bare.pth", "cpu")
+    with pytest.raises(ConfigError, match="stays as it is: give --output"):
+        calibration.write_calibration(foreign, tmp_path / "bare.pth", result)
+    calibration.write_calibration(foreign, tmp_path / "bare.pth", result, output=tmp_path / "ours.pth")
+    assert load_recognizer(tmp_path / "ours.pth", "cpu")[1].calibration == result.as_dict()
