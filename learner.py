@@ -124,6 +124,7 @@ class Learner:
             m=config.margin,
             combined=config.combined_margin,
             world=world,
+            sharded=config.model_parallel,
             op=config.head_op,
             sample_rate=config.sample_rate,
             update_rows=config.update_rows,
@@ -134,12 +135,13 @@ class Learner:
             top5=config.top5,
             momentum=0.0 if config.momentum_dtype == "none" else config.momentum,
             weight_decay=optim.head_weight_decay(net_mode, config.weight_decay),
+            init_norm=config.centers_norm,
             device=self.device.torch,
             dtype=DTYPES[config.centers_dtype],
             momentum_dtype=DTYPES[config.momentum_dtype],
             momentum_on_host=config.momentum_on_host,
         )
-        groups = optim.parameter_groups(self.backbone, net_mode, config.weight_decay)
+        groups = optim.parameter_groups(self.backbone, net_mode, config.weight_decay, config.decay_norms)
         self.optimizer = self.precision.prepare(
             self.backbone, lambda groups: optim.make_sgd(groups, config.lr, config.momentum, self.device), groups
         )
@@ -664,12 +666,14 @@ def check_memory(config: Config, recognizer: Recognizer, num_classes: int, world
 
 def make_schedule(config: Config, steps_per_epoch: int) -> optim.Schedule:
     """step -> learning rate, as the options say."""
+    warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
     schedules = {
         "milestones": lambda: optim.milestones(config.lr, config.milestones, config.gamma, steps_per_epoch),
-        "polynomial": lambda: optim.polynomial(config.lr, config.lr_power, config.epochs * steps_per_epoch),
+        "polynomial": lambda: optim.polynomial(config.lr, config.lr_power, total, warmup),
+        "cosine": lambda: optim.cosine(config.lr, total, warmup),
         "constant": lambda: optim.milestones(config.lr, (), config.gamma, steps_per_epoch),
     }
-    return optim.with_warmup(schedules[config.lr_schedule](), round(config.warmup_epochs * steps_per_epoch))
+    return optim.with_warmup(schedules[config.lr_schedule](), warmup)
 
 
 def share_buffers(module: torch.nn.Module, world: World) -> None:

@@ -71,7 +71,7 @@ def read_config(path, ranks: int) -> tuple[Config, list[str]]:
         elif key == "margin_list":
             changes.update(_margin(value, path))
         elif key == "fp16":
-            changes["opt_level"] = "fp16" if value else "O0"
+            changes["opt_level"] = "O1" if value else "O0"
         elif key in ("batch_size", "optimizer"):
             continue
         elif key in NEEDLESS:

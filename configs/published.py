@@ -61,7 +61,7 @@ arcface_torch = Config(
     weight_decay=5e-4,
     decay_norms=True,
     clip_grad_norm=5.0,
-    opt_level="fp16",
+    opt_level="O1",
     loss_scale="dynamic",
     incr_every_n_steps=100,
     decr_every_n_nan_or_inf=1,
@@ -175,7 +175,7 @@ _ARCFACE_TORCH = {
 # AdaFace, scripts/run_ir*_ms1mv2.sh and train_val.py: no decay of batch norms, BGR images.
 adaface = Config(
     net_mode="ir", net_depth=50, loss_type="adaface", margin=0.4, data_mode="", val_targets=TARGETS, epochs=26,
-    batch_size=512, lr=0.1, milestones=(12, 20, 24), weight_decay=5e-4, opt_level="fp16", loss_scale="dynamic",
+    batch_size=512, lr=0.1, milestones=(12, 20, 24), weight_decay=5e-4, opt_level="O1", loss_scale="dynamic",
     weights_channel_order="bgr",
 )  # fmt: skip
 _ADAFACE = {

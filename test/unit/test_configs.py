@@ -73,7 +73,7 @@ def test_a_file_of_arcface_torch_is_mapped_and_the_rest_is_said(tmp_path):
     assert (recipe.net_mode, recipe.net_depth, recipe.loss_type, recipe.margin) == ("iresnet", 50, "cosface", 0.4)
     assert (recipe.batch_size, recipe.lr, recipe.epochs, recipe.warmup_epochs) == (4096, 0.4, 20, 2)
     assert (recipe.sample_rate, recipe.weight_decay, recipe.decay_norms) == (0.2, 5e-4, True)
-    assert (recipe.data_path, recipe.num_classes, recipe.opt_level) == ("/data/WebFace42M", 2059906, "fp16")
+    assert (recipe.data_path, recipe.num_classes, recipe.opt_level) == ("/data/WebFace42M", 2059906, "O1")
     assert recipe.val_targets == ("lfw", "cfp_fp", "agedb_30") and recipe.lr_schedule == "polynomial"
     said = "\n".join(notes)
     assert "using_wandb = True: has no place here" in said
