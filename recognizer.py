@@ -26,7 +26,7 @@ from model import foreign
 from runtime import log as runlog
 from runtime.device import Device, parse_device
 from runtime.dist import ALONE, World
-from runtime.errors import DamagedItem, DataError
+from runtime.errors import CheckpointError, DamagedItem, DataError
 from runtime.precision import Precision
 from verify import embed
 from verify.protocol import PairResult
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 INPUT_SIZE = (112, 112)
 NORMALISATION = "(x / 255 - 0.5) / 0.5"
+# What the usual one's result is multiplied with: PLSC's nets take (x - 127.5) / 128.
+NORMALISATIONS = {NORMALISATION: 1.0, "(x - 127.5) / 128": 127.5 / 128}
 
 
 class Recognizer:
@@ -43,7 +45,7 @@ class Recognizer:
     channel_order: "rgb" or "bgr", what the net takes; images are RGB everywhere, `to_input` makes the difference.
     threshold: squared L2 distance of unit embeddings below which two faces are one person; None until one is known.
     calibration: how the threshold was found, as plain values (`deploy.calibration`); None where verification chose it.
-    precision: how it computes; fp32 unless said otherwise.
+    precision: how it computes; fp32 unless said otherwise. normalisation: of pixels, one of NORMALISATIONS.
     """
 
     def __init__(
@@ -56,8 +58,12 @@ class Recognizer:
         memory_format: str = "auto",
         precision: Optional[Precision] = None,
         calibration: Optional[dict] = None,
+        normalisation: str = NORMALISATION,
     ):
         self.device, self.architecture = device, architecture
+        if normalisation not in NORMALISATIONS:
+            raise CheckpointError(f"normalisation {normalisation!r}: choose from {', '.join(NORMALISATIONS)}")
+        self.normalisation, self.input_factor = normalisation, NORMALISATIONS[normalisation]
         self.threshold, self.calibration = threshold, calibration
         self.memory_format = device.layout(memory_format)
         self.backbone = backbone.to(device=device.torch, memory_format=self.memory_format)
@@ -77,11 +83,15 @@ class Recognizer:
         device: Optional[Device] = None,
         channel_order: str = "rgb",
         memory_format: str = "auto",
+        normalisation: str = NORMALISATION,
     ) -> Recognizer:
         """One that has learnt nothing yet; arguments as for `model.create_model`. Raises ModelError, DeviceError."""
         device = _opened(device)
         architecture = model.describe(net_mode, net_depth, embedding_size, dropout, l2_norm)
-        return cls(model.create_model(**architecture), architecture, device, channel_order, memory_format=memory_format)
+        backbone = model.create_model(**architecture)
+        return cls(
+            backbone, architecture, device, channel_order, memory_format=memory_format, normalisation=normalisation
+        )
 
     @classmethod
     def load(
@@ -142,6 +152,7 @@ class Recognizer:
             meta.get("threshold"),
             memory_format,
             calibration=meta.get("calibration"),
+            normalisation=meta.get("normalisation", NORMALISATION),
         )
 
     # --- what it is --------------------------------------------------------------------------------------------------
@@ -164,7 +175,7 @@ class Recognizer:
         """All but the weights, as plain values: what a checkpoint records."""
         return {
             **self.architecture,
-            "normalisation": NORMALISATION,
+            "normalisation": self.normalisation,
             "channel_order": self.channel_order,
             "threshold": self.threshold,
             "calibration": self.calibration,
@@ -180,7 +191,7 @@ class Recognizer:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the SHA-256 of weights and preprocessing: embeddings of two recognizers can be
         compared where these are the same. Takes a second for a large net."""
-        digest = hashlib.sha256(f"{self.name} {self.channel_order} {NORMALISATION}".encode())
+        digest = hashlib.sha256(f"{self.name} {self.channel_order} {self.normalisation}".encode())
         for name, value in sorted(self.state_dict().items()):
             if value.is_floating_point():  # the count of a batch norm's batches changes nothing
                 digest.update(name.encode())
@@ -204,9 +215,12 @@ class Recognizer:
     def to_input(self, images_BHWC: torch.Tensor, flip_B: Optional[torch.Tensor] = None) -> torch.Tensor:
         """uint8 RGB [B, H, W, 3] on the device -> what the backbone takes. The one way to prepare images, in training
         and everywhere else. flip_B: bool [B], the images to mirror."""
-        return self.precision.cast_input(
-            transforms.to_input(images_BHWC, flip_B, memory_format=self.memory_format, channel_order=self.channel_order)
+        input_BCHW = transforms.to_input(
+            images_BHWC, flip_B, memory_format=self.memory_format, channel_order=self.channel_order
         )
+        if self.input_factor != 1.0:
+            input_BCHW.mul_(self.input_factor)
+        return self.precision.cast_input(input_BCHW)
 
     def embed(self, images, world: World = ALONE, batch_size: int = 128, flip_sum: bool = False, **watch) -> np.ndarray:
         """Unit embeddings, float32 [N, D], the same on every rank of `world`.

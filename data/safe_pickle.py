@@ -53,8 +53,8 @@ class _Array:
     array: np.ndarray
 
     def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, _, data = state
-        self.array = _build(data, dtype, shape).array
+        _, shape, dtype, by_columns, data = state
+        self.array = _build(data, dtype, shape, "F" if by_columns else "C").array
 
 
 def _build(data: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
@@ -66,7 +66,7 @@ def _build(data: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
     if math.prod(shape) * dtype.dtype.itemsize != len(data):
         raise _Refused(f"an array of shape {shape} made of {len(data)} bytes")
     holder = _Array()
-    holder.array = np.frombuffer(data, dtype.dtype).reshape(shape)
+    holder.array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order in ("F", b"F") else "C")
     return holder
 
 
