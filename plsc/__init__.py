@@ -1,1 +1,26 @@
-"""The interface of PaddlePaddle's PLSC over this project."""
+"""The interface of PaddlePaddle's PLSC over this project: `from plsc import Entry` (docs/plsc.md)."""
+
+from plsc import environment
+
+# Scripts read PADDLE_TRAINER_ID before they make an Entry. Only under torchrun does this set anything.
+environment.share_ranks()
+
+__version__ = "0.1.1"
+__all__ = ["Entry"]
+
+
+def __getattr__(name: str):
+    # torch and all else only when an Entry is asked for: plsc.batch and the readers do without
+    if name == "Entry":
+        from plsc.entry import Entry
+
+        return Entry
+    if name == "batch":
+        from plsc.reader import batch
+
+        return batch
+    if name == "ParamAttr":
+        from plsc.fluid import ParamAttr
+
+        return ParamAttr
+    raise AttributeError(f"module 'plsc' has no attribute '{name}'")
