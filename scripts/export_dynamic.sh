@@ -1,0 +1,12 @@
+#!/bin/sh
+# Exports what scripts/train_dynamic.sh trained; --export_type torchscript or pth for other files.
+cd "$(dirname "$0")/.." || exit 1
+: "${PYTHON:=python}"
+
+exec "$PYTHON" tools/export.py \
+    --is_static False \
+    --export_type onnx \
+    --backbone FresResNet50 \
+    --embedding_size 512 \
+    --checkpoint_dir MS1M_v3_arcface_dynamic_128_fp16_0.1/FresResNet50/24 \
+    --output_dir MS1M_v3_arcface_dynamic_128_fp16_0.1/FresResNet50/exported_model "$@"

@@ -1,0 +1,13 @@
+#!/bin/sh
+# Verifies what scripts/train_dynamic.sh trained, eagerly.
+cd "$(dirname "$0")/.." || exit 1
+: "${PYTHON:=python}"
+
+exec "$PYTHON" tools/validation.py \
+    --is_static False \
+    --backbone FresResNet50 \
+    --embedding_size 512 \
+    --checkpoint_dir MS1M_v3_arcface_dynamic_128_fp16_0.1/FresResNet50/24 \
+    --data_dir MS1M_v3 \
+    --val_targets lfw,cfp_fp,agedb_30 \
+    --batch_size 128 "$@"
