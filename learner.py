@@ -246,6 +246,12 @@ class Learner:
                     self.save()
                 self.checkpoints.wait()  # the process ends next, and its threads with it
                 raise
+            except DataError:
+                # The data failed, not the training. With several ranks the others are in the middle of a step.
+                if world.size == 1 and at.step_in_epoch:
+                    self.save()
+                    self.checkpoints.wait()
+                raise
             finally:
                 log.record("end", seconds=time.time() - started, reason=reason, steps=at.step)
 
@@ -450,7 +456,9 @@ class Learner:
             parameters=sum(p.numel() for p in self.backbone.parameters()),
             embedding_size=self.recognizer.architecture["embedding_size"],
             loss=config.loss_type,
-            data="synthetic images" if config.data_mode == "synthetic" else config.data_path,
+            data=f"{config.data_path}, {self.dataset.channel_order} files (--channel_order says otherwise)"
+            if config.data_mode != "synthetic"
+            else "made in memory",
             images=len(self.dataset),
             classes=self.dataset.num_classes,
             verified=list(self.pair_sets),
@@ -463,7 +471,7 @@ class Learner:
             precision=self.precision.policy.name,
             lr=config.lr,
             lr_course=course,
-            weights=str(self.resumed or self.weights),
+            weights=f"{self.resumed or self.weights or 'new, random'}; the net takes {self.recognizer.channel_order}",
             checkpoints=str(self.checkpoints.folder),
             run_dir=str(self.run_dir),
         )

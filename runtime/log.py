@@ -99,14 +99,14 @@ class RunLog:
         self.world = world
         self.config = dict(config)
         self._file = self._board = None
+        self._complained = False
         if not world.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-        self._file = open(path, "a", encoding="utf-8")
-        if torn:  # the run before was killed in the middle of a line: do not glue ours to it
-            self._file.write("\n")
+        # of a run that was killed in the middle of a line: do not glue ours to it
+        self._torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+        self._file = open(path, "ab", buffering=0)
         if tensorboard:
             self._board = _summary_writer(self.folder / "tensorboard")
 
@@ -120,12 +120,30 @@ class RunLog:
         if kind == "run":
             line.update(world_size=self.world.size, config=self.config, versions=versions(), commit=commit())
         line.update(values)
-        self._file.write(json.dumps(plain(line), allow_nan=False) + "\n")
-        self._file.flush()
+        self._write(json.dumps(plain(line), allow_nan=False) + "\n")
+
+    def _write(self, line: str) -> None:
+        """A disk that is full costs lines of the log, never the training."""
+        data = (("\n" if self._torn else "") + line).encode()
+        try:
+            written = self._file.write(data)  # not buffered: what did not fit is not tried again with the next line
+            problem = None if written == len(data) else "the disk is full"
+        except OSError as error:
+            written, problem = 0, error.strerror
+        self._torn = 0 < written < len(data) or (self._torn and written == 0)
+        self._complain(problem)
+
+    def _complain(self, problem: str | None) -> None:
+        if problem and not self._complained:
+            logger.warning("%s: lines are lost (%s); the training goes on: free space", self.folder, problem)
+        self._complained = self._complained or bool(problem)
 
     def scalar(self, name: str, value, step: int) -> None:
         if self._board is not None:
-            self._board.add_scalar(name, float(value), step)
+            try:
+                self._board.add_scalar(name, float(value), step)
+            except OSError as error:
+                self._complain(error.strerror)
 
     def figure(self, name: str, make, step: int) -> None:
         """make: returns a matplotlib figure; called only where there is a board to pin it on, and matplotlib."""
@@ -134,11 +152,16 @@ class RunLog:
                 self._board.add_figure(name, make(), step)
             except ImportError as error:
                 logger.info("no picture of %s: %s", name, error)
+            except OSError as error:
+                self._complain(error.strerror)
 
     def close(self) -> None:
         for sink in (self._file, self._board):
-            if sink is not None:
-                sink.close()
+            try:
+                if sink is not None:
+                    sink.close()
+            except OSError as error:
+                self._complain(error.strerror)
         self._file = self._board = None
 
     def __enter__(self):

@@ -464,3 +464,21 @@ def test_a_run_that_is_not_finite_stops_and_keeps_what_was_good(base, tmp_path):
         trained(replace(base, lr=1e5, epochs=3, resume="newest", milestones=()))
     assert "first not finite: " in str(caught.value)
     assert {path.name: path.read_bytes() for path in good.checkpoints.models.iterdir()} == kept
+
+
+def test_data_that_fails_in_the_middle_of_an_epoch_costs_no_step(base):
+    learner = Learner.from_config(base)
+    load = learner.dataset.load_into
+    calls = []
+
+    def failing(index, out_HWC):
+        calls.append(index)
+        if len(calls) > 12:
+            raise DataError("the disk went away")
+        return load(index, out_HWC)
+
+    learner.dataset.load_into = failing
+    with pytest.raises(DataError, match="the disk went away"):
+        learner.train()
+    resumed = Learner.from_config(replace(base, resume="newest"))
+    assert resumed.progress.step == 3 and metrics(base)[-1]["reason"] == "failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -208,3 +209,34 @@ def test_each_run_has_a_folder_of_its_own_and_a_resumed_one_goes_on(tmp_path):
     RunLog(tmp_path / "log", ALONE, {}, tensorboard=False).close()
     assert log.run_folder(tmp_path) == tmp_path / "log_2"
     assert log.run_folder(tmp_path, resumed=True) == tmp_path / "log"
+
+
+def test_a_full_disk_costs_lines_and_not_the_training(tmp_path, caplog):
+    class Full:
+        """A disk with room for some bytes."""
+
+        def __init__(self, file, room):
+            self.file, self.room = file, room
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            count = min(self.room, len(data))
+            self.room -= count
+            return self.file.write(data[:count])
+
+        def close(self):
+            self.file.close()
+
+    run_log = RunLog(tmp_path, ALONE, {}, tensorboard=False)
+    disk = run_log._file = Full(run_log._file, 1000)
+    run_log.record("step", step=1)
+    disk.room = 10
+    for step in (2, 3, 4):
+        run_log.record("step", step=step)
+    disk.room = 1000
+    run_log.record("step", step=5)
+    run_log.close()
+    whole = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert [json.loads(line)["step"] for line in whole] == [1, 5]
+    assert caplog.text.count("lines are lost (No space left on device)") + caplog.text.count("the disk is full") == 1
