@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime import ascend, host
+from runtime.captured import Captured
 from runtime.errors import DeviceError
 
 if __name__ == "__main__":
@@ -453,6 +454,14 @@ class Npu(_Accelerator):
     def meaning(self, said: str) -> str | None:
         return ascend.explain(said)
 
+    def compiled(self, module):
+        """By torch_npu's inductor where it is whole; else forward and backward are recorded as NPU graphs and replayed,
+        where that is quicker than eager."""
+        record = getattr(torch.npu, "make_graphed_callables", None)
+        if record is None or self.missing_for_compiling() is None:
+            return super().compiled(module)
+        return Captured(module, self, record)
+
     def layout(self, name: str = "auto") -> torch.memory_format:
         if name == "channels_last":
             raise DeviceError("--memory_format=channels_last: torch_npu has no such layout; leave the option out")
@@ -511,8 +520,10 @@ class Npu(_Accelerator):
         return dtype != torch.bfloat16 or bool(bf16())
 
     def _compiler_missing(self):
-        if importlib.util.find_spec("torchair") is None and importlib.util.find_spec("torch_npu._inductor") is None:
-            return "this torch_npu has no graph compiler; install a newer torch_npu"
+        # torchair is another backend, for inference: that it is there says nothing of torch.compile's default one
+        for package, brought_by in (("torch_npu._inductor", "torch_npu 2.6 or newer"), ("triton", "triton-ascend")):
+            if not _is_installed(package):
+                return f"torch.compile needs {package} ({brought_by}), and NPU graphs need torch_npu 2.5; install them"
         return None
 
 
@@ -666,6 +677,13 @@ def _cann_version() -> str | None:
         if found:
             return found[1]
     return None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # its parent is not there
+        return False
 
 
 def _installed_torch_npu() -> str | None:

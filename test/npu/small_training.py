@@ -59,6 +59,7 @@ class SmallTraining:
         self.head = MarginHead(
             CLASSES, 32, margin=margin, device=device.torch, weight_decay=head_weight_decay(net_mode)
         )
+        self.forward = self.net
         self.losses: list[float] = []
         self.steps = 0
 
@@ -68,7 +69,7 @@ class SmallTraining:
         self.net.train()
         images = self.precision.cast_input(to_input(images_BHWC, flip_B))
         with self.precision.autocast():
-            embeddings_BD = self.net(images)
+            embeddings_BD = self.forward(images)
         out = self.head(embeddings_BD, labels_B)
         self.precision.backward(out.loss)
         self.precision.step(self.optimizer, head=self.head, lr=LR, max_norm=max_norm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -130,6 +131,44 @@ print(record, SmallTraining(npu).run(3).losses)
     done = npu_python("-c", code, NPU_SIM_FP32_AS_FP16="1", NPU_SIM_NAME="Ascend910A")
     said = {"tf32": False, "autotune": False, "precision_mode": "must_keep_origin_dtype", "internal_format": False}
     assert done.stdout.strip() == f"{said} {plain_cpu.losses[:3]}", done.stderr
+
+
+def test_static_replays_a_recorded_step_and_takes_the_eager_one_s_steps(plain_cpu, monkeypatch):
+    """Where torch_npu has no compiler. Timing chooses between replay and eager on a real machine; not in this test."""
+    training = SmallTraining(NPU)
+    training.forward = NPU.compiled(training.net)
+    seconds = iter([2.0, 1.0])
+    monkeypatch.setattr(training.forward, "_seconds", lambda run, images: run(images) is None or next(seconds))
+    before = torch.npu.replays
+    training.run(4)
+    assert training.losses == plain_cpu.losses[:4] and torch.npu.replays == before + 5
+    assert _same_weights(training.weights(), SmallTraining(CPU).run(4).weights())
+
+
+def test_static_takes_the_quicker_of_replay_and_eager(caplog):
+    training = SmallTraining(NPU)
+    training.forward = NPU.compiled(training.net)
+    with caplog.at_level("INFO"):
+        training.step()
+    assert re.search(r"static: forward and backward take [\d.]+ ms replayed and [\d.]+ ms eager", caplog.text)
+    assert training.losses == SmallTraining(CPU).run(1).losses
+
+
+def test_static_without_compiler_and_graphs_is_one_line(npu_python):
+    code = """
+from runtime.device import parse_device
+from runtime.errors import DeviceError
+import torch
+try:
+    parse_device("npu").compiled(torch.nn.Linear(2, 2))
+except DeviceError as error:
+    print(error)
+"""
+    done = npu_python("-c", code, NPU_SIM_GRAPHS="0")
+    assert done.stdout == (
+        "static mode (torch.compile) on npu:0: torch.compile needs torch_npu._inductor (torch_npu 2.6 or newer), and "
+        "NPU graphs need torch_npu 2.5; install them, or leave --static out\n"
+    ), done.stderr
 
 
 def _checkpoint(training):

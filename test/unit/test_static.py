@@ -139,11 +139,13 @@ def test_a_compiler_that_does_not_work_is_one_line(monkeypatch):
     [
         ("cuda", {}, "the package triton is not installed; pip install triton"),
         ("cuda", {"triton"}, None),
-        ("npu", {}, "this torch_npu has no graph compiler; install a newer torch_npu"),
-        ("npu", {"torchair"}, None),
-        ("npu", {"torch_npu._inductor"}, None),
+        ("npu", {"torchair"}, "torch.compile needs torch_npu._inductor (torch_npu 2.6 or newer), and NPU graphs need "
+         "torch_npu 2.5; install them"),
+        ("npu", {"torch_npu._inductor"}, "torch.compile needs triton (triton-ascend), and NPU graphs need "
+         "torch_npu 2.5; install them"),
+        ("npu", {"torch_npu._inductor", "triton"}, None),
     ],
-)
+)  # fmt: skip
 def test_what_compiling_needs_on_each_device(kind, packages, said, monkeypatch):
     monkeypatch.setattr(device_module.importlib.util, "find_spec", lambda name: name if name in packages else None)
     monkeypatch.setattr(torch, "compile", lambda module: module, raising=False)

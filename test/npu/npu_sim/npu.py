@@ -260,3 +260,30 @@ utils = types.SimpleNamespace(
     clear_npu_overflow_flag=clear_npu_overflow_flag,
     get_npu_overflow_flag=get_npu_overflow_flag,
 )
+
+
+# Graphs: one recorded step that is replayed, for inputs of one shape. NPU_SIM_GRAPHS=0: an older torch_npu, without.
+
+replays = 0
+
+
+def _make_graphed_callables(module, sample_args, num_warmup_iters=3):
+    """The real one replays kernels on memory of its own. Here the module runs anew, and tells an input that would not
+    have been seen there: one of another shape or type."""
+    eager, (sample,) = module.forward, sample_args
+    for _ in range(num_warmup_iters):
+        eager(sample)
+
+    def forward(x):
+        global replays
+        if (x.shape, x.dtype) != (sample.shape, sample.dtype):
+            raise RuntimeError("a graph replays inputs of the shape that was recorded")
+        replays += 1
+        return eager(x)
+
+    module.forward = forward
+    return module
+
+
+if os.environ.get("NPU_SIM_GRAPHS", "1") != "0":
+    make_graphed_callables = _make_graphed_callables
