@@ -17,7 +17,7 @@ TRIALS = 5  # forward and backward passes by which replay and eager are compared
 class Captured(nn.Module):
     """Trains as `module`, whose parameters and buffers it shares, and replays its forward and backward.
 
-    The first batch in training is what is recorded: of its shape and type are all that are replayed, others run eagerly,
+    The first batch in training is what is recorded, and batches of its shape and type are replayed; others run eagerly,
     as does evaluation. Recording runs the module a few times on that batch and leaves its buffers and the random
     numbers as they were. Then both ways are timed, and the slower one is dropped.
 
