@@ -23,6 +23,7 @@ from data import pairs
 from data.synthetic import SyntheticDataset
 from head import plan
 from head.head import MarginHead
+from head.margins import find_margin
 from model import foreign
 from recognizer import Recognizer
 from runtime import log as runlog
@@ -175,7 +176,7 @@ class Learner:
         device.set()
         device.seed(config.seed)  # the same weights on every rank
         # The head normalises by itself; margins that read the embedding's length need it as it is.
-        l2_norm = False if config.loss_type in ("adaface", "linear_softmax") else None
+        l2_norm = False if find_margin(config.loss_type).reads_lengths else None
         start = None
         if config.pth_path and not (config.resume or config.fs_checkpoint_dir):
             start = read(config.pth_path, world)

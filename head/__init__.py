@@ -2,3 +2,7 @@
 
 `head.head.MarginHead` is the module that trains; `head.plan` says what a number of classes takes before it is built.
 """
+
+from head.margins import register_margin
+
+__all__ = ["register_margin"]

@@ -8,6 +8,7 @@ is zero.
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Callable
@@ -116,6 +117,11 @@ class Margin:
     normalised: bool = True
     reads_norms: bool = False
 
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether the embeddings' lengths count, so that a backbone must not normalise them."""
+        return self.reads_norms or not self.normalised
+
 
 MARGINS = {
     "arcface": Margin(arcface, ("m",)),
@@ -126,6 +132,45 @@ MARGINS = {
     "softmax": Margin(softmax),
     "linear_softmax": Margin(softmax, normalised=False),
 }
+
+
+def register_margin(name: str, normalised: bool = True, reads_norms: bool = False):
+    """Enters a margin of your own as `--loss_type=name`; decorates a function of the target's cosines.
+
+    It is called with cos_B [B], within -1..1 (with reads_norms also with quality_B [B], -1..1, how long the embeddings
+    are beside the others': see `NormStatistics`), and returns value_B, which takes the cosine's place in the target's
+    logit, by torch operations; or (value_B, derivative_B), to train with another derivative than autograd's.
+    A parameter called m is `--margin`, and its default value that option's. normalised=False: cos_B are plain products.
+
+        @head.register_margin("half_angle")
+        def half_angle(cos_B, m=0.2):
+            return cos_B - m * (1 - cos_B) / 2
+
+    Raises ModelError for a name that is taken.
+    """
+
+    def enter(function):
+        if name in MARGINS:
+            raise ModelError(f"loss_type '{name}': there is one of this name already: choose another")
+        parameters = ("m",) if "m" in inspect.signature(function).parameters else ()
+        MARGINS[name] = Margin(_differentiated(function), parameters, normalised, reads_norms)
+        return function
+
+    return enter
+
+
+def _differentiated(function):
+    def margin(cos_B, *quality_B, **parameters):
+        with torch.enable_grad():
+            cos_B = cos_B.detach().requires_grad_()
+            value_B = function(cos_B, *quality_B, **parameters)
+            if isinstance(value_B, tuple):
+                value_B, derivative_B = value_B
+            else:
+                derivative_B = torch.autograd.grad(value_B.sum(), cos_B)[0]
+        return value_B.detach(), _finite(derivative_B.detach())
+
+    return margin
 
 
 def find_margin(name: str) -> Margin:

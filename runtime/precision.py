@@ -34,6 +34,7 @@ class Policy:
     weights: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     masters: bool = False  # fp32 copies of the half weights, which the optimizer updates
+    rounded: bool = False  # the copies take over what the half weights hold, and are exact for one update only
     scaled: bool = False  # fp16 gradients underflow unless the loss is scaled; bfloat16 has fp32's range
 
     @property
@@ -48,7 +49,15 @@ POLICIES = {
         Policy("O0", "fp32"),
         Policy("O1", "fp32 weights, autocast to fp16", autocast=torch.float16, scaled=True),
         Policy("O2", "fp16 weights with fp32 masters", weights=torch.float16, masters=True, scaled=True),
-        Policy("fp16", "fp16 weights without masters (arcface_paddle's)", weights=torch.float16, scaled=True),
+        # The update itself is fp32: fp16 gradients near 1e-8, divided by the scale in fp16, would become zero.
+        Policy(
+            "fp16",
+            "fp16 weights (arcface_paddle's), fp32 update",
+            weights=torch.float16,
+            masters=True,
+            rounded=True,
+            scaled=True,
+        ),
         Policy("bf16", "fp32 weights, autocast to bfloat16", autocast=torch.bfloat16),
         Policy("bf16_master", "bfloat16 weights with fp32 masters", weights=torch.bfloat16, masters=True),
     )
@@ -124,6 +133,7 @@ class Precision:
         self._masters = {name: masters[p] for name, p in named.items() if p in masters}
         self._halves = [named[name] for name in self._masters]
         self._model_params = list(named.values())
+        self._forget()
         if make_optimizer is None:
             return None
         groups = [{**group, "params": [masters.get(p, p) for p in group["params"]]} for group in groups]
@@ -204,6 +214,7 @@ class Precision:
         model.load_state_dict(state)
         for name, master in self._exact().items():
             master.copy_(state[name])
+        self._forget()
 
     def state_dict(self) -> dict:
         """Plain numbers: the policy's name, the scale and the counters."""
@@ -246,6 +257,12 @@ class Precision:
 
     def _narrow_masters(self) -> None:
         _copy_([p.detach() for p in self._halves], [master.detach() for master in self._masters.values()])
+        self._forget()
+
+    def _forget(self) -> None:
+        """Masters of a policy that keeps half weights only hold no more than those."""
+        if self.policy.rounded:
+            _copy_([p.detach() for p in self._masters.values()], [p.detach() for p in self._halves])
 
     def _drop_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         if owns_gradients(optimizer):

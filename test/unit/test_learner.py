@@ -482,3 +482,21 @@ def test_data_that_fails_in_the_middle_of_an_epoch_costs_no_step(base):
         learner.train()
     resumed = Learner.from_config(replace(base, resume="newest"))
     assert resumed.progress.step == 3 and metrics(base)[-1]["reason"] == "failed"
+
+
+def test_a_margin_of_ones_own_trains_resumes_and_is_evaluated(base, root, tmp_path, monkeypatch):
+    """The example of docs/own_margin.md, run."""
+    from config import load_plugins
+    from head import margins
+
+    monkeypatch.setattr(margins, "MARGINS", dict(margins.MARGINS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    text = (root / "docs" / "own_margin.md").read_text(encoding="utf-8")
+    (tmp_path / "own_margin.py").write_text(text.split("```python\n")[1].split("```")[0])
+    load_plugins([str(tmp_path / "own_margin.py")])
+    learner = trained(replace(base, loss_type="half_way", margin=0.3, epochs=1))
+    assert learner.head.margin == "half_way"
+    again = Learner.from_config(replace(learner.config, resume="newest"))
+    assert torch.equal(again.head.centers.weight, learner.head.centers.weight)
+    assert set(again.evaluate()) == set(learner.evaluate())
+    sys.modules.pop("own_margin")

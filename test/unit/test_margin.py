@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from head import margins, register_margin
+from head.head import MarginHead
 from head.margins import (
     MARGINS,
     NormStatistics,
@@ -140,3 +142,57 @@ def test_norm_statistics_run_and_survive_a_damaged_batch():
 def test_an_unknown_margin_names_the_choices():
     with pytest.raises(ModelError, match="margin 'arcfase': choose from arcface,.*linear_softmax"):
         find_margin("arcfase")
+
+
+# --- a margin of one's own -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_margins(monkeypatch):
+    monkeypatch.setattr(margins, "MARGINS", dict(margins.MARGINS))
+
+
+def test_a_margin_of_ones_own_is_one_function(own_margins):
+    """The derivative is autograd's; cosface written again trains as the one that is here."""
+
+    @register_margin("mine")
+    def mine(cos_B, m=0.4):
+        return cos_B - m
+
+    @register_margin("steep")
+    def steep(cos_B):
+        return cos_B, 3 * torch.ones_like(cos_B)
+
+    @register_margin("by_length", reads_norms=True)
+    def by_length(cos_B, quality_B, m=0.1):
+        return cos_B - m * quality_B
+
+    cos_B = torch.tensor([-1.0, -0.3, 0.2, 1.0], dtype=torch.float64)
+    value_B, derivative_B = margins.find_margin("mine").function(cos_B, m=0.1)
+    assert torch.equal(value_B, cos_B - 0.1) and (derivative_B == 1).all() and not value_B.requires_grad
+    assert (margins.find_margin("steep").function(cos_B)[1] == 3).all()
+    emb_BD = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    weights = []
+    for name in ("mine", "cosface", "by_length"):
+        head = MarginHead(9, 4, margin=name, m=0.2, seed=1)
+        for _ in range(3):
+            head(emb_BD.clone().requires_grad_(), torch.tensor([0, 3, 8, 8, 1])).loss.backward()
+            head.step(0.1)
+        weights.append(head.centers.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    with pytest.raises(ModelError, match="loss_type 'cosface': there is one of this name already"):
+        register_margin("cosface")(mine)
+    assert mine(cos_B).shape == (4,)  # the decorated stays what it was
+
+
+def test_a_nan_in_the_first_batch_does_not_stay_in_the_statistics():
+    norms = margins.NormStatistics()
+    assert torch.isnan(norms.quality(torch.tensor([1.0, float("nan"), 3.0]))).all()
+    after = norms.quality(torch.tensor([1.0, 2.0, 3.0]))
+    assert torch.isfinite(after).all() and torch.equal(
+        after, margins.NormStatistics().quality(torch.tensor([1.0, 2.0, 3.0]))
+    )
+    saved = margins.NormStatistics()
+    saved.load(torch.tensor([float("nan"), 2.0]))  # as an older version saved it
+    saved.quality(torch.tensor([1.0, 2.0, 3.0]))
+    assert torch.isfinite(saved.state()).all()

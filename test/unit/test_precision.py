@@ -608,6 +608,8 @@ def test_a_checkpoint_of_any_policy_goes_on_under_any_other(old, new):
     for key, value in state[0].items():
         got = second.precision.model_state(second.model)[key]
         expected = value if key.startswith("bn.") else value.to(own)
+        if POLICIES[new].rounded and not key.startswith("bn."):
+            expected = value.to(POLICIES[new].weights)
         if key == "shift":
             expected = value.to(POLICIES[new].weights)
         assert torch.equal(got, expected.to(got.dtype)), key
@@ -672,3 +674,15 @@ def test_frozen_half_weights_keep_their_fp32_value():
     precision.backward(model(precision.cast_input(torch.ones(4, 6))).float().sum())
     precision.step(optimizer)
     assert torch.equal(precision.model_state(model)["fc.weight"], exact)
+
+
+def test_fp16_gradients_are_divided_by_the_scale_in_fp32():
+    """2^-20 is a gradient of 2^-27 at a scale of 128: in fp16 it would become zero. What is kept is fp16's weight."""
+    net = nn.Linear(1, 1, bias=False)
+    precision = Precision("fp16", Device("cpu"), scaling=LossScaling(128.0, use_dynamic_loss_scaling=False))
+    optimizer = precision.prepare(net, lambda groups: torch.optim.SGD(groups, 2.0**20), [{"params": [net.weight]}])
+    start = float(net.weight)
+    net.weight.grad = torch.full_like(net.weight, 2.0**-20)
+    precision.step(optimizer)
+    assert net.weight.dtype == torch.float16 and float(net.weight) == float(torch.tensor(start - 2.0**-7).half())
+    assert float(precision.names["weight"]) == float(net.weight)
