@@ -32,7 +32,7 @@ ALLOWED = {
     "deploy": {"runtime", "data", "checkpoint", "verify", "recognizer"},
 }
 ON_TOP = {"train", "evaluate", "export", "report", "plsc", "tools", "scripts"}
-ON_TOP |= {"insightface_paddle", "plsc_serving", "face_service"}
+ON_TOP |= {"eval", "insightface_paddle", "plsc_serving", "face_service"}
 OURS = {name.split(".")[0] for name in ALLOWED} | ON_TOP
 
 
