@@ -8,7 +8,6 @@ in one file of its own. The second is for exchange:
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import shutil
@@ -20,7 +19,7 @@ import torch
 
 from checkpoint import layout, sharded, store
 from runtime.errors import CheckpointError
-from runtime.log import run_command, setup_logging
+from runtime.log import Parser, run_command, setup_logging
 from runtime.shard import RowShard
 
 log = logging.getLogger(__name__)
@@ -152,7 +151,7 @@ def _read_aside(reader, stored, folder, stack):
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser("python -m checkpoint.reshard", description="A sharded checkpoint as one .pth")
+    parser = Parser("python -m checkpoint.reshard", description="A sharded checkpoint as one .pth")
     parser.add_argument("source", help="a sharded checkpoint, or the folder of them (then the newest)")
     parser.add_argument("path", help="the .pth file to write")
     options = parser.parse_args(arguments)

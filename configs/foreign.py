@@ -10,10 +10,12 @@ from typing import Any
 from config import Config, replace
 from configs.published import arcface_torch
 from runtime.errors import ConfigError
+from runtime.files import open_regular
 
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _ARITHMETIC[ast.FloorDiv] = operator.floordiv
 _MOST_BYTES = 1 << 20
+_MOST_BRACKETS = 1000  # nested deeply they overflow the parser
 NETWORKS = {f"r{depth}": ("iresnet", depth) for depth in (18, 34, 50, 100, 200)}
 NETWORKS.update(mbf=("mbf", None), mbf_large=("mbf_large", None))
 
@@ -109,9 +111,11 @@ def _margin(value: Any, path) -> dict:
 
 def _values(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        with open_regular(path) as file:
+            text = file.read(_MOST_BYTES + 1).decode("utf-8")
+        if len(text) > _MOST_BYTES or sum(map(text.count, "([{")) > _MOST_BRACKETS:
             raise ConfigError(f"{path}: too large for a config file")
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        tree = ast.parse(text, str(path))
     except OSError as error:
         raise ConfigError(
             f"--config {path}: cannot be read ({error.strerror}): give a recipe's name or a file"

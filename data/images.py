@@ -152,8 +152,8 @@ def inside(root: Path, relative: str, place: str) -> Path:
 
 def channel_order_path(path) -> Path:
     """Where the channel order of a prepared folder is recorded: one word in a text file beside it."""
-    path = Path(path)
-    return path.with_name(path.name + "_channel_order.txt")
+    path = Path(os.path.abspath(path))  # "." has no name
+    return path.parent / f"{path.name}_channel_order.txt"
 
 
 def recorded_channel_order(path) -> Optional[str]:

@@ -6,8 +6,6 @@ folder `lfw/` with `label.txt` and one folder per pair. Images are decoded when 
 
 from __future__ import annotations
 
-import glob
-import io
 import json
 import logging
 import os
@@ -29,6 +27,7 @@ from data.images import (
     read_text_file,
     recorded_channel_order,
 )
+from data.npy import read_npy
 from runtime.errors import DamagedItem, DataError
 from runtime.files import atomic_file, open_regular, write_text
 
@@ -161,9 +160,10 @@ def find_pair_sets(root, names: Sequence[str] = VERIFICATION_SETS) -> dict[str, 
     root = Path(root)
     if os.path.isfile(root):
         return {root.stem: root}
+    files = sorted(os.listdir(root)) if os.path.isdir(root) else []
     found = {}
     for name in names:
-        places = [root / f"{name}.bin", root / name, *sorted(root.glob(f"{glob.escape(name)}.*"))]
+        places = [root / file for file in (f"{name}.bin", name, *(f for f in files if f.startswith(f"{name}.")))]
         for path in places:
             # a file is taken for a .bin when it is named, and for what it is called when it is looked for
             if any(one.recognises(path) for one in FORMATS if one.name != "bin" or path.suffix == ".bin"):
@@ -251,9 +251,7 @@ def _load_bcolz(path: Path, channel_order: Optional[str], size: int) -> tuple[Pa
     _check_chunks(path, rows, chunk, 3 * size * size * 4)
     answers = path.with_name(path.name + "_list.npy")
     try:
-        issame = np.load(io.BytesIO(read_file(answers, _MAX_ANSWERS_BYTES)), allow_pickle=False)
-        if not isinstance(issame, np.ndarray):
-            raise ValueError("an archive")
+        issame = read_npy(read_file(answers, _MAX_ANSWERS_BYTES), answers.name)
         array = bcolz.carray(rootdir=str(path), mode="r")
     except Exception as error:  # numpy and bcolz report damaged files in many ways
         raise DataError(

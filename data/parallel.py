@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from runtime.errors import DataError
 
+MOST_WORKERS = 1024
+
 
 def cores() -> int:
     """How many cores this process may use."""
@@ -27,6 +29,8 @@ def spread(
     moves the bar (None: 1). Raises DataError where a process is killed, for example for its memory.
     """
     jobs = list(jobs)
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise DataError(f"--workers {workers}: from 1 to {MOST_WORKERS} processes, or leave it out for one a core")
     workers = min(workers or cores(), max(1, len(jobs)))
     sizes = [size(job) if size else 1 for job in jobs]
     with tqdm(total=sum(sizes), desc=desc, unit=unit, unit_scale=size is not None, disable=None) as bar:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -199,7 +197,7 @@ def generate(
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if new and output.is_dir() and not any(output.iterdir()):
+        if new and os.path.isdir(output) and not any(output.iterdir()):
             output.rmdir()
     return True
 
@@ -214,7 +212,9 @@ def _read_stamp(output: Path) -> Optional[dict]:
 
 def main() -> None:
     """Command line: python -m data.synthetic --output DIR."""
-    parser = argparse.ArgumentParser(
+    from runtime.log import Parser
+
+    parser = Parser(
         prog="python -m data.synthetic",
         description="Make a training set of synthetic faces, and pairs of other ones to verify on.",
     )
@@ -226,16 +226,15 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    try:
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        total = max(0, args.identities * args.images_per_identity + args.verify_identities * args.verify_images)
-        with tqdm(total=total, unit="image", desc="synthetic faces", disable=None) as bar:
-            made = generate(**vars(args), tick=bar.update)
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    total = max(0, args.identities * args.images_per_identity + args.verify_identities * args.verify_images)
+    with tqdm(total=total, unit="image", desc="synthetic faces", disable=None) as bar:
+        made = generate(**vars(args), tick=bar.update)
     print(f"{args.output}: {'written' if made else 'already there, nothing to do'}")
 
 
 if __name__ == "__main__":
-    main()
+    from runtime.log import run_command
+
+    run_command(main)

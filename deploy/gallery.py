@@ -22,8 +22,10 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from data import safe_pickle
-from runtime.errors import DataError, GalleryError, printable
-from runtime.files import temporary_path
+from data.images import read_file
+from data.npy import read_npy
+from runtime.errors import CheckpointError, DamagedItem, DataError, GalleryError, printable
+from runtime.files import open_regular, temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ UNKNOWN = "unknown"
 FORMAT = "face gallery 1"
 LONGEST_NAME = 200
 STORAGE = ("fp32", "int8")
+_MOST_INDEX_BYTES = 4 << 30
 _MAGIC = b"SQLite format 3\0"
 _SCHEMA = {
     "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -133,7 +136,7 @@ class Gallery:
             raise GalleryError(f"storage {storage!r}: choose from {', '.join(STORAGE)}")
         path = Path(path)
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 if file.read(16) != _MAGIC:
                     raise GalleryError(f"{path}: is no gallery of this project")
             db = _connect(path)
@@ -415,8 +418,11 @@ def open_gallery(path, fingerprint: str, dimension: int, storage: str = "fp32") 
         path = path / "facebank.pth"
     if not path.is_file():
         raise GalleryError(f"{path}: no such gallery: make one with --build_index")
-    with open(path, "rb") as file:
-        start = file.read(16)
+    try:
+        with open_regular(path) as file:
+            start = file.read(16)
+    except OSError as error:
+        raise GalleryError(f"{path}: cannot be read ({error.strerror})") from None
     if start == _MAGIC:
         return Gallery.open(path, fingerprint, storage)
     if path.suffix in (".pth", ".npy"):
@@ -438,7 +444,9 @@ def read_index_bin(path) -> list[tuple[str, np.ndarray]]:
     """(name, vector [D]) of each entry of insight-face-paddle's index.bin: a pickle {"label", "feature"}, read without
     running anything that it names. Raises GalleryError."""
     try:
-        value = safe_pickle.load(Path(path).read_bytes(), str(path))
+        value = safe_pickle.load(read_file(path, _MOST_INDEX_BYTES), str(path))
+    except DamagedItem as error:
+        raise GalleryError(f"{path}: {error}") from None
     except DataError as error:
         raise GalleryError(str(error)) from None
     labels, features = (value.get("label"), value.get("feature")) if isinstance(value, dict) else (None, None)
@@ -455,14 +463,19 @@ def read_facebank(folder) -> list[tuple[str, np.ndarray]]:
     of which is "Unknown"). Raises GalleryError."""
     import torch
 
+    from checkpoint import store
+
     folder = Path(folder)
+    for name in ("facebank.pth", "names.npy"):
+        if not os.path.isfile(folder / name):
+            raise GalleryError(f"{folder / name}: is missing: a facebank is facebank.pth and names.npy")
     try:
-        vectors_MD = torch.load(folder / "facebank.pth", map_location="cpu", weights_only=True)
-        names = np.load(folder / "names.npy", allow_pickle=False).tolist()
-    except FileNotFoundError as error:
-        raise GalleryError(f"{error.filename}: is missing: a facebank is facebank.pth and names.npy") from None
-    except Exception as error:  # torch and numpy let errors of many kinds through
-        raise GalleryError(f"{folder}: its facebank cannot be read ({error})") from None
+        vectors_MD = store.load_pth(folder / "facebank.pth")
+        names = read_npy(read_file(folder / "names.npy"), folder / "names.npy").tolist()
+    except (CheckpointError, DataError) as error:
+        raise GalleryError(
+            f"{folder}: its facebank cannot be read ({error}): it is facebank.pth and names.npy"
+        ) from None
     if not isinstance(vectors_MD, torch.Tensor) or vectors_MD.ndim != 2:
         raise GalleryError(f"{folder}/facebank.pth: is no facebank: one tensor of people's embeddings is expected")
     return _named(names, vectors_MD.float().numpy(), folder)
@@ -476,9 +489,9 @@ def read_npz(path) -> list[tuple[str, np.ndarray]]:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise GalleryError("it is compressed, which ours never are")  # a small file may unpack to terabytes
-        with np.load(path, allow_pickle=False) as bank:
-            vectors_MD, names = bank["embeddings"], bank["names"].tolist()
-    except Exception as error:  # numpy lets zipfile's, zlib's and its own errors through
+            vectors_MD, names = (read_npy(archive.read(f"{n}.npy"), n) for n in ("embeddings", "names"))
+            names = names.tolist()
+    except Exception as error:  # zipfile lets errors of many kinds through
         raise GalleryError(f"{path}: is no facebank ({error})") from None
     return _named(names, vectors_MD, path)
 

@@ -6,7 +6,6 @@ the gallery's file. A worker that dies is started again. SIGTERM and Ctrl-C let 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
 import multiprocessing
@@ -21,7 +20,7 @@ from typing import Optional
 from deploy.app import NEEDS, ROUTES, Engine, Settings, make_app
 from deploy.metrics import Metrics
 from runtime.errors import ConfigError, ModelError, UserError
-from runtime.log import one_line, run_command, setup_logging
+from runtime.log import Parser, one_line, run_command, setup_logging
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +28,9 @@ GRACE = 30  # seconds that requests in flight get
 FAILURES = 5  # of workers within a minute, after which there is no sense in starting more
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     default = Settings()
-    options = argparse.ArgumentParser(prog="python -m deploy.server", description=__doc__.splitlines()[0])
+    options = Parser(prog="python -m deploy.server", description=__doc__.splitlines()[0])
     add = options.add_argument
     add("--model", required=True, help="an ONNX file or a checkpoint, or a folder with one")
     add("--device", default=None, help="cpu, cuda:0, npu:0; the first that is there by default")

@@ -15,7 +15,6 @@ for cuda's kernels, which address host memory themselves, through the host's mem
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import re
@@ -29,7 +28,7 @@ from head.ops.chunked import chunk_rows
 from head.sampler import ClassSampler
 from head.storage import bytes_per_row
 from runtime.errors import ModelError
-from runtime.log import run_command
+from runtime.log import Parser, run_command
 from runtime.shard import RowShard
 
 logger = logging.getLogger(__name__)
@@ -323,6 +322,8 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     try:
         number = float(match.group(1))
+        if not math.isfinite(number):
+            raise ValueError
     except (AttributeError, ValueError):
         raise ModelError(f"'{text}' is not a size: write 139GiB, 80GB, or a number of bytes") from None
     power = "kmgt".index(match.group(2)) + 1 if match.group(2) else 0
@@ -330,7 +331,7 @@ def parse_size(text: str) -> int:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--classes", type=float, required=True, help="how many, such as 100e6")
     parser.add_argument("--embedding_size", type=int, default=512)
     parser.add_argument("--world_size", type=int, default=1, help="ranks that share the classes")

@@ -10,13 +10,11 @@ import argparse
 from pathlib import Path
 
 import report
-from runtime.log import run_command
+from runtime.log import Parser, run_command
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="the folder that holds metrics.jsonl")
     parser.add_argument("--case", default="", help="CaseName; the run's own when not given")
     parser.add_argument("--output", type=Path, help="folder of the report; RUN_DIR when not given")

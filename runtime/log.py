@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 from runtime.address import without_passwords
-from runtime.errors import UserError, printable
+from runtime.errors import ConfigError, UserError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,19 @@ def one_line(error: BaseException | str) -> str:
     else:
         text = str(error)
     return printable(text) or type(error).__name__
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's options. What is wrong with them is a ConfigError, one line, where argparse prints pages."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.partition("=")[2] == "--":  # which argparse takes for no value at all
+                self.error(f"{word}: expected a value")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str):
+        raise ConfigError(f"{message}: see --help")
 
 
 def run_command(main) -> None:

@@ -6,15 +6,13 @@ stood. align_report.html in the output folder shows what was found, what not, an
 
 from __future__ import annotations
 
-import argparse
-
 from deploy.photo_set import FACES, REPORT, Settings, align_folder
 from runtime.errors import ConfigError
-from runtime.log import run_command
+from runtime.log import Parser, run_command
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.align", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.align", description=__doc__.splitlines()[0])
     default = Settings()
     parser.add_argument("--input", required=True, help="folder of photos, searched below too")
     parser.add_argument("--output", required=True, help="folder for the faces; made if missing")

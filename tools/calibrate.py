@@ -6,15 +6,13 @@ python -m tools.calibrate --model model.onnx --pairs aligned/ --far 1e-2     (a 
 
 from __future__ import annotations
 
-import argparse
-
 from deploy.backends import load_recognizer
 from deploy.calibration import calibrate, write_calibration
-from runtime.log import run_command, setup_logging
+from runtime.log import Parser, run_command, setup_logging
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.calibrate", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.calibrate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", "--pth_path", default="work_space", help="a checkpoint, or a folder: its newest")
     parser.add_argument("--pairs", required=True, help="a pair set, or a folder <person>/<aligned face>")
     parser.add_argument("--far", type=float, default=1e-3, help="false-accept rate")

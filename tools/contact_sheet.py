@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,11 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import open_dataset
 from data.images import contact_sheet
-from runtime.log import run_command
+from runtime.log import Parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data_path", required=True, help="a training set of any known format")
     parser.add_argument("--output", required=True, help="the PNG to write")
     options = parser.parse_args()

@@ -17,11 +17,11 @@ import random
 from data import convert, pair_making
 from data.folder import class_names
 from runtime.errors import DataError
-from runtime.log import run_command
+from runtime.log import Parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_path", required=True, help="folder with one folder of images a person")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--val_share", type=float, default=0.0, help="share of the people set apart [0]")

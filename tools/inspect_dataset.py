@@ -19,7 +19,7 @@ from data import inspection, open_dataset
 from data.convert import make_folder
 from data.pairs import find_pair_sets, load_pairs
 from runtime.files import write_json
-from runtime.log import run_command
+from runtime.log import Parser, run_command
 
 
 class Pixels:
@@ -77,7 +77,7 @@ def save_plot(counts, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True, help="a training set of any format")
     parser.add_argument("--other", nargs="*", default=[], help="other training sets to compare with")
     parser.add_argument("--output", default="", help="folder for report.json and the plot")

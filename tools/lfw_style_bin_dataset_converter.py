@@ -10,11 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import convert
-from runtime.log import run_command
+from runtime.log import Parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin_path", required=True)
     parser.add_argument("--out_dir", required=True)
     parser.add_argument("--flip_test", action="store_true", help="the mirrored pairs too, after the others")

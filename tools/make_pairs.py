@@ -13,11 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import pair_making
-from runtime.log import run_command
+from runtime.log import Parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_path", required=True, help="folder with one folder of images a person")
     parser.add_argument("--output", required=True, help="the .bin to write")
     parser.add_argument("--pairs_txt", default=None, help="take the pairs of this list, as LFW's pairs.txt")

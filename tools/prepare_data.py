@@ -10,7 +10,6 @@ that this command did not make is left alone.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -28,7 +27,7 @@ from data.insightface import RecordIODataset
 from data.pairs import VERIFICATION_SETS, load_pairs
 from runtime.errors import DamagedItem, DataError, printable
 from runtime.files import atomic_file, temporary_path, write_text
-from runtime.log import run_command
+from runtime.log import Parser, run_command
 
 _MARK = ".made_by_prepare_data"  # inside every folder that is made here
 
@@ -140,7 +139,7 @@ def prepare(rec_path: Path, output: Optional[Path] = None) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.prepare_data", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.prepare_data", description=__doc__.splitlines()[0])
     parser.add_argument("-r", "--rec_path", default="faces_emore", help="folder with train.rec, train.idx and .bin")
     parser.add_argument("--output", default=None, help="where to write; the same folder by default")
     args = parser.parse_args()

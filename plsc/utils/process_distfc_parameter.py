@@ -13,7 +13,7 @@ import logging
 
 from checkpoint import layout, reshard
 from runtime.errors import CheckpointError
-from runtime.log import run_command, setup_logging
+from runtime.log import Parser, run_command, setup_logging
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ def _compare(source, index, options) -> None:
             raise CheckpointError(f"{source}: --{option}={given}, but the checkpoint has {held}: leave the option out")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m plsc.utils.process_distfc_parameter",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

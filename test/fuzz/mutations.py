@@ -18,6 +18,7 @@ import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
+from typing import Optional
 
 HEADER_BYTES = 160  # of a file's beginning, every bit of which is flipped
 TAIL_BYTES = 64
@@ -57,11 +58,11 @@ class Special(str):
 class Sample:
     """What a target reads: files by their path in its folder, and for commands the arguments.
 
-    Arguments come to the target as the file `ARGUMENTS` outside of mutation, separated by zero bytes.
+    Arguments come to the target as the file `ARGUMENTS`, separated by zero bytes.
     """
 
     files: dict = field(default_factory=dict)
-    arguments: tuple = ()
+    arguments: Optional[tuple] = None  # None for what is no command
 
     @classmethod
     def of(cls, files: dict) -> Sample:
@@ -89,7 +90,7 @@ class Sample:
                         file.write(content)
             except (OSError, ValueError):
                 pass  # a name that no file can have
-        if self.arguments:
+        if self.arguments is not None:
             text = "\0".join(self.arguments).encode("utf-8", "surrogateescape")
             (folder / ARGUMENTS).write_bytes(text)
 
@@ -108,7 +109,7 @@ class Sample:
         kinds["bytes"] = lambda content: zlib.decompress(base64.b85decode(content))
         value = json.loads(text)
         files = {name: kinds[kind](content) for name, (kind, content) in value["files"].items()}
-        return cls(files, tuple(value["arguments"]))
+        return cls(files, None if value["arguments"] is None else tuple(value["arguments"]))
 
 
 ARGUMENTS = "arguments\x7f"
@@ -119,7 +120,7 @@ def arguments_of(folder: Path) -> list:
     path = folder / ARGUMENTS
     text = path.read_bytes().decode("utf-8", "surrogateescape")
     path.unlink()
-    return text.split("\0")
+    return text.split("\0") if text else []
 
 
 def header_bits(sample: Sample) -> list:
@@ -144,7 +145,7 @@ def mutated(sample: Sample, rng: Random, samples: list) -> Sample:
     """One to three changes, mostly to the bytes of one file."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         names = sorted(name for name, content in sample.files.items() if type(content) is bytes)
-        if sample.arguments and (not names or rng.random() < 0.8):
+        if sample.arguments is not None and (not names or rng.random() < 0.8):
             sample = replace(sample, arguments=tuple(_arguments(list(sample.arguments), rng, samples)))
         elif not names or rng.random() < 0.08:
             sample = replace(sample, files=_tree(dict(sample.files), rng))
@@ -479,6 +480,8 @@ def _tree(files: dict, rng: Random) -> dict:
 
 
 def _arguments(arguments: list, rng: Random, samples: list) -> list:
+    if not arguments:
+        return [word(rng)]
     at = rng.randrange(len(arguments))
     way = rng.randrange(10)
     if way <= 4:

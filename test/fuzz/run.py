@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import faulthandler
 import hashlib
 import importlib
@@ -60,17 +61,23 @@ class Target:
     samples: Callable[[], list]
     prepare: Callable[[], object]
     weight: float  # of CI's cases: less for what takes long
+    names_paths: bool = False  # a command: its arguments may name any place, where a case has no rights
 
 
 TARGETS: dict[str, Target] = {}
 
 
-def target(samples: Callable[[], list], prepare: Callable[[], object] = lambda: None, weight: float = 1.0):
+def target(
+    samples: Callable[[], list],
+    prepare: Callable[[], object] = lambda: None,
+    weight: float = 1.0,
+    names_paths: bool = False,
+):
     """Decorates `read(folder)`, under its name. `samples()`: a few small valid inputs, each a dict of path in the
     folder -> bytes, or a `mutations.Sample`; each must be read as valid. `prepare()`: called once before them."""
 
     def register(read):
-        TARGETS[read.__name__] = Target(read.__name__, read, samples, prepare, weight)
+        TARGETS[read.__name__] = Target(read.__name__, read, samples, prepare, weight, names_paths)
         return read
 
     return register
@@ -114,8 +121,9 @@ class _Watch(logging.Handler):
     CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
                "shutil.rmtree", "os.chown", "os.utime")  # fmt: skip
 
-    def __init__(self):
+    def __init__(self, names_paths: bool):
         super().__init__()
+        self.names_paths = names_paths
         self.folder = self.secret = None
         self.found = ""
 
@@ -127,7 +135,14 @@ class _Watch(logging.Handler):
         self.note(what)
         raise _Touched(what)
 
+    def refuse_path(self, event: str, path) -> None:
+        if self.names_paths:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        self.refuse(f"{event} {os.fsdecode(path)[-100:]!r}")
+
     def emit(self, record) -> None:
+        if self.names_paths:
+            return
         text = record.getMessage()
         if not all(line.isprintable() and len(line) <= 2 * LINE_LENGTH for line in text.splitlines() or [""]):
             self.note(f"log: {record.name}:{record.funcName} {text[:100]!r}")
@@ -142,11 +157,11 @@ class _Watch(logging.Handler):
             if isinstance(path, (str, bytes)) and (
                 flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and self._is_outside(path) or self._is_secret(path)
             ):
-                self.refuse(f"opened {os.fsdecode(path)[-100:]!r}")
+                self.refuse_path("opened", path)
         elif event in self.CHANGES:
             for path in arguments:
                 if isinstance(path, (str, bytes, os.PathLike)) and self._is_outside(os.fspath(path)):
-                    self.refuse(f"{event} {os.fsdecode(path)[-100:]!r}")
+                    self.refuse_path(event, path)
 
     def _is_outside(self, path) -> bool:
         path = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(os.fsdecode(path)))), "")
@@ -190,7 +205,7 @@ def _serve(case_target: Target, samples_of, indices, folder: Path, out: int) -> 
     faulthandler.disable()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    watch = _Watch()
+    watch = _Watch(case_target.names_paths)
     root = logging.getLogger()
     root.handlers[:] = [watch]
     root.setLevel(logging.INFO)

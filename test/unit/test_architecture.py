@@ -19,7 +19,7 @@ BOTTOM: set = set()
 ALLOWED = {
     "runtime": BOTTOM,
     "config": {"runtime.errors", "runtime.address"},
-    "data": {"runtime.errors", "runtime.files"},
+    "data": {"runtime.errors", "runtime.files", "runtime.log"},
     "verify.protocol": {"runtime.errors"},
     "model": {"runtime"},
     "head": {"runtime"},
@@ -28,7 +28,7 @@ ALLOWED = {
     "verify": {"runtime"},
     "recognizer": {"runtime", "data", "model", "checkpoint", "verify"},
     "learner": {"config", "runtime", "data", "model", "head", "optim", "checkpoint", "verify", "recognizer"},
-    "configs": {"config", "runtime.errors"},
+    "configs": {"config", "runtime.errors", "runtime.files"},
     "deploy": {"runtime", "data", "checkpoint", "verify", "recognizer"},
 }
 ON_TOP = {"train", "evaluate", "export", "report", "plsc", "tools", "scripts"}

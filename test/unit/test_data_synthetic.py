@@ -148,7 +148,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         synthetic.main()
         assert expected in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*arguments, "--identities=0"])
-    with pytest.raises(SystemExit, match="^error: a synthetic set needs"):
+    with pytest.raises(DataError, match="^a synthetic set needs"):
         synthetic.main()
 
 
