@@ -86,6 +86,21 @@ def test_links_lead_somewhere(page):
             assert (page.parent / link).exists(), link
 
 
+def test_the_picture_of_the_house_has_every_room_and_pip_installs_it():
+    """CONTRIBUTING.md's picture, and the packages and modules that pyproject.toml names, against the root itself."""
+    rooms = {path.parent.name for path in ROOT.glob("*/*.py")} - {"test", "work_space"}
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    house = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    assert [room for room in rooms if f"{room}/" not in house] == []
+    assert [module for module in modules if f"{module}.py" not in house] == []
+    for word in re.findall(r"[\w/]+/(?= )|\w+\.(?:py|sh|html)\b", house):
+        assert list(ROOT.glob(f"**/{word.rstrip('/')}")) or word == "run/", word
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert [module for module in modules - {"report"} if f'"{module}"' not in project] == []
+    unpacked = rooms - {"benchmark", "scripts"}
+    assert [room for room in unpacked if not re.search(rf'"{room}\*?"', project) and not room.startswith("plsc")] == []
+
+
 def test_pictures_are_small():
     for picture in (ROOT / "docs" / "images").iterdir():
         assert picture.stat().st_size < 150_000, picture
