@@ -15,7 +15,7 @@ import torch
 
 import data
 import optim
-from checkpoint import store
+from checkpoint import schema, store
 from checkpoint.run import Checkpoints, Restored, read
 from checkpoint.sharded import SaveEvery
 from config import Config
@@ -557,20 +557,21 @@ class Learner:
     load = resume
 
     def _continue(self, found: Restored) -> None:
-        self._load_state(found.state, found.rng)
-        self.resumed = found.path
-        saved = found.state["config"].get("batch_size", self.config.batch_size)
-        at = self.progress
-        if saved != self.config.batch_size:
-            at.step_in_epoch = min(at.step_in_epoch * saved // self.config.batch_size, self.steps_per_epoch)
-            at.step = at.epoch * self.steps_per_epoch + at.step_in_epoch
-            logger.info(
-                "the batch was %d images and is %d: goes on at step %d of epoch %d, as many images into it",
-                saved,
-                self.config.batch_size,
-                at.step_in_epoch,
-                at.epoch,
-            )
+        with schema.fitting(found.path):
+            self._load_state(found.state, found.rng)
+            self.resumed = found.path
+            saved = found.state["config"].get("batch_size", self.config.batch_size)
+            at = self.progress
+            if saved != self.config.batch_size:
+                at.step_in_epoch = min(at.step_in_epoch * saved // self.config.batch_size, self.steps_per_epoch)
+                at.step = at.epoch * self.steps_per_epoch + at.step_in_epoch
+                logger.info(
+                    "the batch was %d images and is %d: goes on at step %d of epoch %d, as many images into it",
+                    saved,
+                    self.config.batch_size,
+                    at.step_in_epoch,
+                    at.epoch,
+                )
 
     def _load_state(self, state: dict[str, Any], rng: Optional[dict]) -> None:
         """What `_state` gave, on as many ranks or another number of them."""

@@ -467,11 +467,16 @@ def newest(folder) -> Path | None:
 
 
 def prune(folder, keep: int, names) -> None:
-    """Deletes all but the newest `keep` (at least one) of the checkpoints `names` of `folder`."""
-    for path in [path for path in named(folder) if path.name in names][: -max(1, keep)]:
-        doomed = temporary_path(path)
-        os.rename(path, doomed)  # half a deleted checkpoint must not have a name
-        shutil.rmtree(doomed)
+    """Of the checkpoints `names` of `folder` all go but the newest `keep` (at least one). Of two of one name, such as
+    those of one step, the newer stays."""
+    own = [path for path in named(folder) if path.name in names]
+    newest = {path.name.split("-", 1)[1]: path for path in own}
+    kept = sorted(newest.values(), key=_number)[-max(1, keep) :]
+    for path in own:
+        if path not in kept:
+            doomed = temporary_path(path)
+            os.rename(path, doomed)  # half a deleted checkpoint must not have a name
+            shutil.rmtree(doomed)
 
 
 def clear_left_over(folder) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from checkpoint import remote, reshard, sharded, store
+from checkpoint import layout, lock, remote, reshard, schema, sharded, store
 from runtime.dist import ALONE, World
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, DamagedCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +39,15 @@ def read(path, world: World = ALONE) -> tuple[Path, Any]:
         newest = store.newest(path) or store.newest(path / "models")
         if newest is None:
             path = reshard.find(path)
-            return path, sharded.load(path, {}, world)[0]
+            return path, _network(path, sharded.load(path, {}, world)[0])
         path = newest
-    return path, store.load_pth(path)
+    return path, _network(path, store.load_pth(path))
+
+
+def _network(path, state):
+    if isinstance(state, dict) and "meta" in state:  # ours
+        schema.check(state, schema.NETWORK, path)
+    return state
 
 
 class Checkpoints:
@@ -60,6 +65,7 @@ class Checkpoints:
         self._world, self._fs_name, self._fs_ugi = world, fs_name, fs_ugi
         self._uploader: Optional[remote.Uploader] = None
         self._saver: Optional[sharded.Saver] = None
+        self._fetched: Optional[Path] = None  # what came from the store
 
     @property
     def folder(self) -> Path:
@@ -70,9 +76,11 @@ class Checkpoints:
 
     @contextmanager
     def opened(self, upload_to: str = ""):
-        """While open, `save` can be called. upload_to: folder of the store that gets a copy of each checkpoint.
+        """While open, `save` can be called, and no other run can write to `work_path`. upload_to: folder of the store
+        that gets a copy of each checkpoint.
 
-        Raises CheckpointError where nothing can be written: before the training, not hours later."""
+        Raises CheckpointError where nothing can be written, or kept in the store: before the training, not hours later;
+        and at its end where the store has not got everything."""
         folder = self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -83,44 +91,52 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder}: no checkpoint can be written there ({reason}): choose another --work_path"
             )
-        with ExitStack() as stack:
-            if upload_to and self._world.is_main:
-                self._uploader = stack.enter_context(remote.Uploader(self._store(upload_to)))
-            if self.kind == "sharded":
-                published = self._uploader.put if self._uploader is not None else None
-                saver = sharded.Saver(self.sharded, self._world, keep=self.keep + 1, published=published)
-                saver.names = self.saved
-                self._saver = stack.enter_context(saver)
-            try:
+        try:
+            with ExitStack() as stack:
+                if self._world.is_main:
+                    stack.enter_context(lock.held(self.work_path))
+                if upload_to and self._world.is_main:
+                    target = self._store(upload_to)
+                    target.try_out()
+                    self._uploader = stack.enter_context(remote.Uploader(target))
+                if self.kind == "sharded":
+                    saver = sharded.Saver(self.sharded, self._world, keep=self.keep + 1, published=self._publish)
+                    saver.names = self.saved
+                    self._saver = stack.enter_context(saver)
                 yield self
-            finally:
-                self._uploader, self._saver = None, None
+        finally:  # after the last checkpoint was written and has been handed on
+            self._uploader, self._saver = None, None
+
+    def _publish(self, path: Path) -> None:
+        if self._uploader is not None:
+            self._uploader.put(path, int(path.name.rsplit("_", 1)[1]))
 
     def save(self, state: dict, rng: dict, head, replaces: Optional[Path] = None) -> Optional[Path]:
         """Writes a checkpoint; call it on all ranks. Returns its path on rank 0; a sharded one, written beside the
         training, has none yet.
 
         replaces: a `.pth` that this one says the same of and more; it goes when this one is whole."""
+        training = {**state["training"], "saved": self.saved}
         if self._saver is not None:
             head_state = head.local_state()
             state["head"] = {name: head_state[name] for name in ("draws", "updates", "norms")}
-            self._saver.save(f"step_{state['training']['step']}", state, _rows(head), {"rng": rng})
+            self._saver.save(f"step_{training['step']}", {**state, "training": training}, _rows(head), {"rng": rng})
             return None
-        training = {**state["training"], "rng": self._world.all_gather_object(rng)}
+        training["rng"] = self._world.all_gather_object(rng)
         state["head"] = {"kernel": head.gathered_kernel()}
         training["head"] = head.gathered_training_state()
         path = None
         if self._world.is_main:
-            epoch, accuracy = state["epoch"], training["accuracy"]
-            path = self.models / store.checkpoint_name(time.strftime("%Y-%m-%d-%H-%M"), epoch, accuracy)
+            path = store.next_path(self.models, state["epoch"], training["accuracy"], self.saved)
             self.saved.append(path.name)
-            store.save_pth(path, {**state, "training": {**training, "saved": list(self.saved)}})
+            store.save_pth(path, {**state, "training": training})
+            store.keep_newest(path)
             if replaces is not None and replaces != path:
                 replaces.unlink()
             store.prune(self.models, keep=self.keep, names=self.saved)
             log.info("saved %s", path)
             if self._uploader is not None:
-                self._uploader.put(path)
+                self._uploader.put(path, training["step"])
         self._world.barrier()
         return path
 
@@ -139,12 +155,21 @@ class Checkpoints:
         meta: what the run is (`store.check_architecture`). Raises CheckpointError for what does not fit."""
         if wanted not in ("auto", "newest"):
             return self._restore(Path(wanted), meta, head)
+        problem = None
         for path in self._newest_first():
-            if path.is_file():
-                return self._restore(path, meta, head)
-            found = sharded.load_newest(path.parent, _rows(head), self._world)
-            if found is not None:
-                return self._taken(*found, meta, head)
+            try:
+                if path.is_file():
+                    return self._restore(path, meta, head)
+                found = sharded.load_newest(path.parent, _rows(head), self._world, _checked(meta))
+                return self._taken(*found, head)
+            except DamagedCheckpoint as error:  # what is damaged is passed over; what does not fit stops the run
+                log.warning("skipped %s", error)
+                problem = error
+        if problem is not None or self._anything():
+            raise CheckpointError(
+                f"{self.work_path}: holds checkpoints, and none of them is whole: copy one here again, or move them "
+                "away to start anew"
+            )
         if wanted == "newest":
             raise CheckpointError(f"{self.work_path}: no whole checkpoint to resume: train first, or name one")
         log.info("%s: no checkpoint to resume, the training starts from the beginning", self.work_path)
@@ -154,24 +179,25 @@ class Checkpoints:
         """The same of a checkpoint that `read` has read."""
         if path.is_dir():
             return self._restore(path, meta, head)
-        store.check_architecture(state["meta"], meta, path)
+        _checked(meta, schema.TRAINING_PTH)(path, state)
         training = state["training"]
-        head.load_kernel(state["head"]["kernel"])
-        head.load_training_state(training["head"])
-        self.saved = [*training.get("saved", []), path.name]
+        with schema.fitting(path):
+            head.load_kernel(state["head"]["kernel"])
+            head.load_training_state(training["head"])
+        self.saved[:] = [*training.get("saved", []), path.name]
         rng = training["rng"]
         return Restored(path, state, rng[self._world.rank] if self._world.rank < len(rng) else None)
 
     def _restore(self, path: Path, meta: dict, head) -> Restored:
         if path.is_dir():
             path = reshard.find(path)
-            return self._taken(path, *sharded.load(path, _rows(head), self._world), meta, head)
+            return self._taken(path, *sharded.load(path, _rows(head), self._world, _checked(meta)), head)
         return self.take(path, store.load_pth(path), meta, head)
 
-    def _taken(self, path, state, local, meta, head) -> Restored:
-        store.check_architecture(state["meta"], meta, path)
-        head.load_local_state({**head.local_state(), **state["head"]})
-        self.saved.append(path.name)
+    def _taken(self, path, state, local, head) -> Restored:
+        with schema.fitting(path):
+            head.load_local_state({**head.local_state(), **state["head"]})
+        self.saved[:] = [*state["training"].get("saved", []), path.name]
         return Restored(path, state, None if local is None else local["rng"])
 
     def _newest_first(self) -> list[Path]:
@@ -180,11 +206,17 @@ class Checkpoints:
         found = []
         if self._world.is_main:
             found = [store.newest(self.models), sharded.newest(self.sharded)]
-            if not any(found):
-                found = [store.newest(self.downloaded), sharded.newest(self.downloaded)]
+            if not any(found) and self._fetched is not None:
+                fetched = self._fetched
+                found = [fetched] if fetched != self.downloaded else [store.newest(fetched), sharded.newest(fetched)]
             found = [path for path in found if path is not None]
             found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         return self._world.all_gather_object(found)[0]
+
+    def _anything(self) -> bool:
+        """Whether there are any checkpoints, whole or not."""
+        here = [*store.list_saved(self.models), *layout.named(self.sharded)]
+        return self._world.all_gather_object(bool(here))[0]
 
     # --- the remote store --------------------------------------------------------------------------------------------
 
@@ -195,7 +227,7 @@ class Checkpoints:
         error = None
         if not self._newest_first() and self._world.local_rank == 0:
             try:
-                remote.download(self._store(folder), self.downloaded)
+                self._fetched = remote.download(self._store(folder), self.downloaded)
             except remote.EmptyStore as empty:
                 error = None if may_be_empty else str(empty)
             except CheckpointError as failed:
@@ -207,6 +239,16 @@ class Checkpoints:
     def _store(self, folder: str) -> remote.Store:
         url = f"{self._fs_name.rstrip('/')}/{folder.strip('/')}"
         return remote.Store(url, self._fs_ugi or os.environ.get("FS_UGI", ""))
+
+
+def _checked(meta: dict, kinds: dict = schema.TRAINING):
+    """What says, before anything of a checkpoint is used, that it is one and of this network and these classes."""
+
+    def check(path, state) -> None:
+        schema.check(state, kinds, path)
+        store.check_architecture(state["meta"], meta, path)
+
+    return check
 
 
 def _rows(head) -> dict:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, UserError
 
 
 def _tensors(value) -> bool:
@@ -30,6 +30,7 @@ def _optional(kind: tuple) -> tuple:
 COUNT = (_count, "a whole number")
 NUMBER = (_number, "a number")
 NAMES = (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of names")
+LIST = (lambda value: isinstance(value, list), "a list")
 DICT = (lambda value: isinstance(value, dict), "a table of values")
 TEXT = (lambda value: isinstance(value, str), "a word")
 FLAG = (lambda value: isinstance(value, bool), "true or false")
@@ -37,7 +38,7 @@ TENSORS = (_tensors, "a table of tensors")
 ORDER = (lambda value: value in ("rgb", "bgr"), "rgb or bgr")
 MATRIX = (lambda value: isinstance(value, torch.Tensor) and value.dim() == 2, "a matrix")
 
-# What any file of ours has, and what a training's checkpoint has beside that.
+# What any file of ours has, and what a training's checkpoint has beside that; with ?, what older ones lack.
 NETWORK = {
     "model": TENSORS,
     "meta": {
@@ -63,7 +64,14 @@ TRAINING = {
         "accuracy": NUMBER,
         "damaged": COUNT,
         "precision": DICT,
+        "saved?": NAMES,
+        "verified?": FLAG,
     },
+}
+TRAINING_PTH = {
+    **TRAINING,
+    "head": {"kernel": MATRIX},
+    "training": {**TRAINING["training"], "rng": LIST, "head": DICT},
 }
 
 
@@ -76,9 +84,15 @@ def _check(value, schema: dict, path, place: str) -> None:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: {place or 'it'} is {_kind(value)}, where {DICT[1]} belongs: take another")
     for name, kind in schema.items():
+        name, optional = name.rstrip("?"), name.endswith("?")
         here = f"{place}.{name}" if place else name
+        if optional and name not in value:
+            continue
         if name not in value:
-            raise CheckpointError(f"{path}: no checkpoint of a training of ours: it has no {here}: take another")
+            raise CheckpointError(
+                f"{path}: holds no {here}, so no training goes on from it: take another, or --is_finetune to start "
+                "from its network"
+            )
         if isinstance(kind, dict):
             _check(value[name], kind, path, here)
         elif not kind[0](value[name]):
@@ -96,6 +110,8 @@ def fitting(path):
         yield
     except CheckpointError:
         raise
+    except UserError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except (
         AttributeError,
         IndexError,

@@ -224,12 +224,13 @@ def newest(folder) -> Path | None:
     return layout.newest(folder)
 
 
-def load(path, rows: dict, world: World = ALONE) -> tuple:
+def load(path, rows: dict, world: World = ALONE, check=None) -> tuple:
     """Reads the checkpoint directory `path` -> (state, local), both on cpu; fills `rows` in place. Call on all ranks.
 
     rows: name -> (tensor [shard.rows, ...], RowShard), a subset of those saved, on any device; floating point tensors
     may be of another floating point dtype than the saved ones. At most one piece (32 MiB) is held beside them.
-    local: what this rank saved, or None if the checkpoint is of fewer ranks.
+    local: what this rank saved, or None if the checkpoint is of fewer ranks. check(path, state): raises CheckpointError
+    for a state that this run has no use for, before a row is written.
     Raises CheckpointError, on all ranks, if any rank finds its part damaged (DamagedCheckpoint) or of another shape.
     No row is written before all ranks have found all of theirs whole: the files are read twice for that.
     """
@@ -237,13 +238,15 @@ def load(path, rows: dict, world: World = ALONE) -> tuple:
     path, reads, found, error = Path(path), [], (None, None), None
     try:
         index = layout.read_index(path)
-        for name, (tensor, shard) in rows.items():
-            reads.append((_wanted(path, index, f"rows.{name}", tensor, shard), tensor.detach(), shard))
         with layout.PieceReader(path) as reader:
+            found = _small(reader, index, world.rank)
+            if check is not None:
+                check(path, found[0])
+            for name, (tensor, shard) in rows.items():
+                reads.append((_wanted(path, index, f"rows.{name}", tensor, shard), tensor.detach(), shard))
             for stored, _tensor, shard in reads:
                 for piece in _overlapping(stored, shard):
                     reader.read(piece)
-            found = _small(reader, index, world.rank)
     except (CheckpointError, OSError) as failure:
         error = failure
     _agree(world, error, what=f"{path}: not read")
@@ -314,21 +317,21 @@ def _small(reader, index, rank: int) -> tuple:
     return layout.decode(index.values, tensors), layout.decode(local, tensors)
 
 
-def load_newest(folder, rows: dict, world: World = ALONE):
+def load_newest(folder, rows: dict, world: World = ALONE, check=None):
     """load() of the newest checkpoint of `folder` that is whole: (path, state, local), or None if there is none at all.
 
     A damaged checkpoint is logged, and the one before it taken. Raises CheckpointError where one does not fit this run,
-    and where there are some and all are damaged.
+    and DamagedCheckpoint where there are some and all are damaged.
     """
     # One rank's list for all: what a rank sees of a shared folder may lag behind.
     paths = world.all_gather_object(layout.named(folder) if world.is_main else None)[0]
     for path in reversed(paths):
         try:
-            return (path, *load(path, rows, world))
+            return (path, *load(path, rows, world, check))
         except DamagedCheckpoint as error:
             log.warning("skipped %s", error)
     if paths:
-        raise CheckpointError(f"{folder}: holds {len(paths)} checkpoint(s), and every one is damaged: move them away")
+        raise DamagedCheckpoint(f"{folder}: holds {len(paths)} checkpoint(s), and every one is damaged: move them away")
     return None
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from runtime.files import atomic_file, left_over
 
 log = logging.getLogger(__name__)
 
+TIME = "%Y-%m-%d-%H-%M"
 NAME = re.compile(r"model_(?P<time>\d{4}(?:-\d{2}){4})_epoch:(?P<epoch>\d+)_(?P<accuracy>\d+\.\d{5})\.pth")
 
 
@@ -193,6 +196,25 @@ class Saved(NamedTuple):
 def checkpoint_name(time: str, epoch: int, accuracy: float) -> str:
     """`model_2026-11-20-16-05_epoch:3_0.99817.pth`; time as year-month-day-hour-minute, accuracy a fraction."""
     return f"model_{time}_epoch:{epoch}_{accuracy:.5f}.pth"
+
+
+def next_path(folder, epoch: int, accuracy: float, own) -> Path:
+    """Where the next checkpoint goes: by its name newer than every other there, whatever the clock says, and no file of
+    another run (whose name is not in `own`) is at that place."""
+    now = datetime.now().strftime(TIME)
+    when = max([now, *(saved.time for saved in list_saved(folder))])
+    while True:
+        path = Path(folder) / checkpoint_name(when, epoch, accuracy)
+        if path.name in own or not path.exists():
+            return path
+        when = (datetime.strptime(when, TIME) + timedelta(minutes=1)).strftime(TIME)
+
+
+def keep_newest(path) -> None:
+    """Makes `path`, just written, the newest of its folder by its time too, which tells names of one minute apart."""
+    others = [saved.path.stat().st_mtime_ns for saved in list_saved(path.parent) if saved.path != path]
+    if others and max(others) >= path.stat().st_mtime_ns:  # the clock was put back
+        os.utime(path, ns=(max(others) + 1,) * 2)
 
 
 def list_saved(folder) -> list[Saved]:

@@ -62,7 +62,7 @@ class Foreign:
         head = "no head" if self.head_kernel is None else f"head of {self.head_kernel.shape[1]} classes"
         said = {"option": "as told", "file": "as the file says", "upstream": "assumed"}[self.channel_order_from]
         return (
-            f"{self.upstream} {self.net_mode}{depth}, embedding size {self.embedding_size}, {head}, "
+            f"{self.upstream} {self.net_mode}{depth}".strip() + f", embedding size {self.embedding_size}, {head}, "
             f"{self.channel_order} ({said})"
         )
 
@@ -133,7 +133,7 @@ def _recognise(content, channel_order: str | None) -> Foreign:
     said = [(channel_order, "option"), (meta.get("channel_order"), "file"), (notes, "file")]
     order, order_from = next((one for one in said if one[0] in CHANNEL_ORDERS), (backbone.channel_order, "upstream"))
     return Foreign(
-        upstream=backbone.upstream,
+        upstream="" if "net_mode" in meta else backbone.upstream,  # files that say so much are ours
         state_dict={key: _single(state.get(key, torch.zeros((), dtype=torch.long))) for key in net.layout},
         net_mode=net.net_mode,
         net_depth=net.net_depth,

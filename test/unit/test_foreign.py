@@ -150,6 +150,7 @@ def test_weights_of_a_registered_net_are_known_by_what_the_file_says(own_net):
     meta = model.describe("own_net", embedding_size=8)
     foreign = recognise({"model": state, "meta": {**meta, "channel_order": "rgb"}})
     assert (foreign.net_mode, foreign.net_depth, foreign.embedding_size) == ("own_net", None, 8)
+    assert str(foreign) == "own_net, embedding size 8, no head, rgb (as the file says)"
     with pytest.raises(CheckpointError, match="^a.pth: like the own_net, but without 1.weight"):
         recognise({"model": {k: v for k, v in state.items() if k != "1.weight"}, "meta": meta}, place="a.pth")
     with pytest.raises(CheckpointError, match="^a.pth: net_mode 'yours': choose from ir, "):

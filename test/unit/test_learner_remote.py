@@ -80,6 +80,11 @@ def test_an_empty_store_is_an_error_unless_a_new_start_is_asked_for(base):
 
 def test_a_store_that_stays_away_leaves_the_checkpoint_here(base, monkeypatch, caplog):
     monkeypatch.setattr(remote.Uploader.__init__, "__defaults__", (0.2, 0.05))
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.Store.try_out, "__defaults__", (0.0, 0.05))
+        with pytest.raises(CheckpointError, match="webhdfs://127.0.0.1:9/runs/one: nothing can be kept there"):
+            Learner.from_config(replace(base, fs_name="webhdfs://127.0.0.1:9", fs_dir_for_save="runs/one")).train()
+    monkeypatch.setattr(remote.Store, "try_out", lambda self: None)  # it goes away later
     learner = Learner.from_config(replace(base, fs_name="webhdfs://127.0.0.1:9", fs_dir_for_save="runs/one"))
     with pytest.raises(CheckpointError, match="did not reach webhdfs://127.0.0.1:9/runs/one and are only here"):
         learner.train()
