@@ -60,7 +60,7 @@ class Settings:
     max_pixels: int = 4096 * 4096
     max_images: int = 64
     max_faces: int = 1024
-    timeout: float = 30.0
+    timeout: float = 30.0  # for a body to come, and for the answer after that
     batch: int = 16  # with more, whole crowds of clients wait for one batch, and the model for them
 
 
@@ -177,6 +177,7 @@ def make_app(engine: Engine, on_ready=lambda: None):
         from fastapi import FastAPI, Request
         from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
         from starlette.exceptions import HTTPException
+        from starlette.requests import ClientDisconnect
     except ImportError:
         raise ModelError(NEEDS) from None
     settings, metrics = engine.settings, engine.metrics
@@ -222,7 +223,7 @@ def make_app(engine: Engine, on_ready=lambda: None):
             try:
                 early = check(path, headers)
                 if early is None:
-                    await asyncio.wait_for(self.inner(scope, receive, counted_send), settings.timeout)
+                    await asyncio.wait_for(self.inner(scope, receive, counted_send), 2 * settings.timeout)
                 else:
                     await early(scope, receive, counted_send)
             except (asyncio.TimeoutError, TimeoutError):
@@ -263,10 +264,19 @@ def make_app(engine: Engine, on_ready=lambda: None):
         if not length.isdigit() or int(length) > settings.max_body:
             raise Refused(413, f"a body has at most {settings.max_body} bytes")
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > settings.max_body:
-                raise Refused(413, f"a body has at most {settings.max_body} bytes")
+
+        async def collect():
+            async for chunk in request.stream():
+                body.extend(chunk)
+                if len(body) > settings.max_body:
+                    raise Refused(413, f"a body has at most {settings.max_body} bytes")
+
+        try:
+            await asyncio.wait_for(collect(), settings.timeout)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise Refused(408, "the body did not come in time") from None
+        except ClientDisconnect:
+            raise Refused(400, "the body did not come") from None
         return bytes(body)
 
     async def images_of(request, key: str = "images") -> list:
@@ -416,6 +426,46 @@ def make_app(engine: Engine, on_ready=lambda: None):
     return app
 
 
+def uvicorn_config(app, settings: Settings, **more):
+    """uvicorn's, over a protocol that also hangs up on those who do not finish a request's head in time."""
+    import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Impatient(AutoHTTPProtocol):
+        _timer = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data):
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, error):
+            if self._timer:
+                self._timer.cancel()
+            super().connection_lost(error)
+
+        def _in_head(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def _watch(self):
+            if self._timer and not self._in_head():
+                self._timer.cancel()
+                self._timer = None
+            elif self._timer is None and self._in_head():
+                self._timer = self.loop.call_later(settings.timeout, self._hang_up)
+
+        def _hang_up(self):
+            self._timer = None
+            if self._in_head():
+                self.transport.close()
+
+    options = {"lifespan": "on", "log_config": None, "access_log": False, "server_header": False, "http": Impatient}
+    return uvicorn.Config(app, **{**options, **more})
+
+
 def urlsplit_host(origin: str) -> str:
     try:
         return urlsplit(origin).netloc
@@ -488,8 +538,9 @@ def documented(summary: str, key: str = "", aligned=False, name=False, count=Fal
     answer = (
         {"text/plain": {"schema": {"type": "string"}}} if text else {"application/json": {"schema": {"type": "object"}}}
     )
-    reasons = {400: "malformed", 401: "no token", 403: "from another web site", 404: "not there", 413: "too large",
-               415: "no known type of image", 422: "cannot be done with this image or name", 503: "busy or not ready",
+    reasons = {400: "malformed", 401: "no token", 403: "from another web site", 404: "not there",
+               408: "not sent in time", 413: "too large", 415: "no known type of image",
+               422: "cannot be done with this image or name", 503: "busy or not ready",
                504: "took too long"}  # fmt: skip
     responses = {"200": {"description": "done", "content": answer}}
     responses.update({str(status): {"description": why, "content": error} for status, why in reasons.items()})

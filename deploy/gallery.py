@@ -16,6 +16,7 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -34,6 +35,7 @@ FORMAT = "face gallery 1"
 LONGEST_NAME = 200
 STORAGE = ("fp32", "int8")
 _MOST_INDEX_BYTES = 4 << 30
+MOST_CHECKED = 1 << 30  # bytes of a file whose every page is looked at when it is opened; the entries have sums anyway
 _MAGIC = b"SQLite format 3\0"
 _SCHEMA = {
     "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -139,7 +141,10 @@ class Gallery:
             with open_regular(path) as file:
                 if file.read(16) != _MAGIC:
                     raise GalleryError(f"{path}: is no gallery of this project")
+                size = os.fstat(file.fileno()).st_size
             db = _connect(path)
+            if size <= MOST_CHECKED:
+                _check(db, path)
             # a foreign database may bring triggers and views of its own
             found = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"))
             if found != _SCHEMA:
@@ -169,12 +174,14 @@ class Gallery:
     # --- people -------------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        self._follow()
+        with _reading(self.path):
+            self._follow()
         return len(self._index)
 
     def people(self) -> dict[str, int]:
         """{name: number of entries}, sorted by name."""
-        return dict(self._db.execute("SELECT name, count(*) FROM entries GROUP BY name ORDER BY name"))
+        with _reading(self.path):
+            return dict(self._db.execute("SELECT name, count(*) FROM entries GROUP BY name ORDER BY name"))
 
     def add(self, name: str, vectors_ND) -> int:
         """Stores embeddings of one person, all or none; returns how many. More faces of a known name are the same
@@ -218,6 +225,10 @@ class Gallery:
             raise GalleryError(
                 f"embeddings of {emb_BD.shape[1]} numbers do not fit the gallery's {self.dimension}: another model"
             )
+        with _reading(self.path):
+            return self._search(emb_BD, count)
+
+    def _search(self, emb_BD, count: int) -> list[list[Match]]:
         self._follow()
         matches: list[list[Match]] = [[] for _ in emb_BD]
         count = min(count, len(self._index))
@@ -272,6 +283,14 @@ class Gallery:
         self._version = version
 
 
+@contextmanager
+def _reading(path: str):
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise GalleryError(f"{path}: the gallery cannot be read ({error})") from None
+
+
 class _Transaction:
     """All or nothing, and sqlite's own errors as one line."""
 
@@ -300,6 +319,12 @@ def _connect(path) -> sqlite3.Connection:
     db.execute("PRAGMA trusted_schema = OFF")
     db.execute("PRAGMA cell_size_check = ON")
     return db
+
+
+def _check(db, path) -> None:
+    (verdict,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+    if verdict != "ok":
+        raise GalleryError(f"{path}: the gallery is damaged ({verdict}): make it anew, or take a copy")
 
 
 def _set_up(db, fingerprint, dimension, threshold) -> None:
@@ -460,7 +485,7 @@ def read_index_bin(path) -> list[tuple[str, np.ndarray]]:
 
 def read_facebank(folder) -> list[tuple[str, np.ndarray]]:
     """(name, vector [D]) of InsightFace_Pytorch's facebank.pth (a tensor [M, D]) and names.npy (M + 1 names, the first
-    of which is "Unknown"). Raises GalleryError."""
+    of which is "Unknown"). Raises GalleryError, CheckpointError."""
     import torch
 
     from checkpoint import store

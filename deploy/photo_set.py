@@ -24,6 +24,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data.images import read_file
 from deploy.alignment import SIZE, align_faces
 from deploy.detection import open_detector
 from deploy.photos import list_photos, read_photo
@@ -74,7 +75,7 @@ def align_folder(source, target, settings: Settings = Settings(), workers: int =
             known[done["photo"]] = done
             record.write(json.dumps(done) + "\n")
             record.flush()
-    shown = {name: done for name, done in known.items() if (source / name).is_file()}
+    shown = {name: done for name, done in known.items() if os.path.isfile(source / name)}
     write_text(target / REPORT, report_page(source, target, shown), DataError)
     return Counter(done["why"] or "aligned" for done in shown.values())
 
@@ -91,14 +92,23 @@ def _check_folders(source: Path, target: Path) -> None:
 
 def _read_record(path: Path) -> dict:
     known = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    if path.exists():
+        for line in read_file(path).decode("utf-8", "replace").splitlines():
             try:
                 done = json.loads(line)
-                known[str(done["photo"])] = {key: done[key] for key in ("photo", "stamp", "settings", "faces", "why")}
-            except (ValueError, TypeError, KeyError, RecursionError):  # the run was killed in the middle of this line
-                continue
+                done = {key: done[key] for key in ("photo", "stamp", "settings", "faces", "why")}
+                if _is_ours(done["photo"], done["faces"]) and isinstance(done["why"], str):
+                    known[done["photo"]] = done
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                continue  # the run was killed in the middle of this line
     return known
+
+
+def _is_ours(photo: str, faces: list) -> bool:
+    """Whether a line of the record is one that `_look` writes: it may lead nowhere else."""
+    folder = os.path.dirname(photo)
+    inside = not os.path.isabs(photo) and ".." not in Path(photo).parts
+    return inside and isinstance(faces, list) and all(os.path.dirname(face) == folder for face in faces)
 
 
 def _stamp(path: Path) -> list:
@@ -110,7 +120,7 @@ def _done(done: Optional[dict], photo: Path, target: Path, settings: Settings) -
     if done is None or done["settings"] != list(settings):
         return False
     try:
-        return done["stamp"] == _stamp(photo) and all((target / name).is_file() for name in done["faces"])
+        return done["stamp"] == _stamp(photo) and all(os.path.isfile(target / name) for name in done["faces"])
     except OSError:
         return False
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from data.images import read_file
 from runtime.errors import DamagedItem, DataError
 
 # A phone's 108 megapixels pass; a bomb of a few kilobytes that claims 30,000 x 30,000 does not.
@@ -41,11 +42,7 @@ def decode_photo(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 def read_photo(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """`decode_photo` of a file; DamagedItem names no path, because callers do."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DamagedItem(f"cannot be read ({error.strerror})") from None
-    return decode_photo(data, max_pixels)
+    return decode_photo(read_file(path), max_pixels)
 
 
 def _open(data: bytes) -> Image.Image:

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Optional
 
-from deploy.app import NEEDS, ROUTES, Engine, Settings, make_app
+from deploy.app import NEEDS, ROUTES, Engine, Settings, make_app, uvicorn_config
 from deploy.metrics import Metrics
 from runtime.errors import ConfigError, ModelError, UserError
 from runtime.log import Parser, one_line, run_command, setup_logging
@@ -148,7 +148,8 @@ def _address(host: str, port: int) -> str:
 
 def _worker(settings, listener, worker, workers, shared, ready, parent) -> None:
     setup_logging()
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    for library in ("uvicorn", "python_multipart"):  # a line for every bad request would fill a disk
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         _run_worker(settings, listener, worker, workers, shared, ready, parent)
     except UserError as error:
@@ -163,17 +164,8 @@ def _run_worker(settings, listener, worker, workers, shared, ready, parent) -> N
     metrics = Metrics(list(ROUTES), workers, shared)
     metrics.use_row(worker)
     app = make_app(Engine(settings, metrics), ready.release)
-    config = uvicorn.Config(
-        app,
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=1024,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=GRACE,
-    )
-    server = uvicorn.Server(config)
+    limits = {"limit_concurrency": 1024, "timeout_keep_alive": 30, "timeout_graceful_shutdown": GRACE}
+    server = uvicorn.Server(uvicorn_config(app, settings, **limits))
 
     def leave_with_parent():
         while os.getppid() == parent:

@@ -44,7 +44,7 @@ class Server:
         app = app_module.make_app(self.engine, ready.set)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        self._server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=5))
+        self._server = uvicorn.Server(app_module.uvicorn_config(app, self.engine.settings, timeout_graceful_shutdown=5))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self._thread.start()
         assert ready.wait(20)

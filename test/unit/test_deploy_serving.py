@@ -188,7 +188,7 @@ def test_a_slow_request_ends_in_time(started):
     server = started(timeout=0.5)
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
     connection.sendall(b"POST /v1/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nContent-Type: image/png\r\n\r\nx")
-    assert b" 504 " in connection.recv(300)
+    assert b" 408 " in connection.recv(300)
     connection.close()
 
 
@@ -384,3 +384,12 @@ def test_a_model_that_cannot_be_served_is_one_line(tmp_path, root):
     command = [sys.executable, "-m", "deploy.server", "--model", str(tmp_path / "bad.onnx"), "--port", "0"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_mutated_requests_get_an_answer(started):
+    """The short form of test/fuzz/mutated_requests.py."""
+    from fuzz.mutated_requests import run
+
+    server = started(timeout=0.3)
+    counts = run(server.port, cases=250, seed=1, dimension=3)
+    assert sum(counts.values()) == 250 and counts["200"] > 10

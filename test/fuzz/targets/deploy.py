@@ -1,14 +1,17 @@
-"""Galleries and face banks, and other projects' config files."""
+"""Galleries, photos, the record of tools.align and ONNX files; and other projects' config files."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import json
 import pickle
 
 import numpy as np
 import torch
+from PIL import Image
 from run import target
-from targets.data import written
+from targets.data import image, written
 
 NAMES, WIDTH = ("Ann", "脸 2", "Bo"), 8
 VECTORS_MD = np.eye(len(NAMES), WIDTH, dtype=np.float32)
@@ -76,3 +79,60 @@ def config_file(folder):
 
     recipe, _notes = read_config(folder / "ms1mv2_r50.py", 8)
     recipe.check()
+
+
+def _photos() -> list:
+    modes = [
+        ("JPEG", "RGB", 40),
+        ("PNG", "RGBA", 40),
+        ("PNG", "P", 40),
+        ("GIF", "P", 40),
+        ("TIFF", "RGB", 16),
+        ("BMP", "RGB", 16),
+    ]
+    deep = io.BytesIO()
+    Image.fromarray(np.full((16, 16), 5000, np.uint16)).save(deep, "PNG")
+    return [{"photo": image(n, kind, mode, size)} for n, (kind, mode, size) in enumerate(modes)] + [
+        {"photo": deep.getvalue()}
+    ]
+
+
+@target(_photos)
+def photo(folder):
+    from deploy.photos import read_photo
+
+    shown = read_photo(folder / "photo", max_pixels=1 << 20)
+    assert shown.dtype == np.uint8 and shown.ndim == 3 and shown.shape[2] == 3
+
+
+def _records() -> list:
+    line = {"photo": "a.jpg", "stamp": [9, 9], "settings": ["", 0.6, "largest", 20, 112], "faces": ["a.jpg"], "why": ""}
+    return [{"aligned/align.jsonl": 2 * (json.dumps(line) + "\n").encode(), "photos/a.jpg": image(0)}]
+
+
+@target(_records, weight=0.3)
+def align_record(folder):
+    from unittest import mock
+
+    from tiny_deploy import RedFaces
+
+    from deploy import photo_set
+
+    with mock.patch.object(photo_set, "open_detector", lambda *_: RedFaces()):
+        photo_set.align_folder(folder / "photos", folder / "aligned", workers=1, say=str)
+
+
+if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+
+    def _models() -> list:
+        from tiny_deploy import tiny_onnx
+
+        return [written(lambda folder: tiny_onnx(folder / "m.onnx"))]
+
+    @target(_models, weight=0.2)
+    def onnx_model(folder):
+        from deploy.backends import OnnxRecognizer
+
+        recognizer = OnnxRecognizer(folder / "m.onnx", threads=1)
+        if recognizer.size <= 224:
+            recognizer.embed(np.zeros((1, recognizer.size, recognizer.size, 3), np.uint8))
