@@ -153,7 +153,7 @@ class RunLog:
         self._complained = self._complained or bool(problem)
 
     def scalar(self, name: str, value, step: int) -> None:
-        if self._board is not None:
+        if self._board is not None and math.isfinite(value):
             try:
                 self._board.add_scalar(name, float(value), step)
             except OSError as error:
