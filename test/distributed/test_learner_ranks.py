@@ -53,7 +53,7 @@ def test_two_ranks_train_verify_save_and_resume(tmp_path):
     # on as many ranks, on more and on one
     for size in (2, 3, 1):
         resumed = run_ranks(workers.resume_learner, size, replace(config, batch_size=6 if size == 3 else 4))
-        assert resumed[0][0] == 5
+        assert resumed[0][0] == (3 if size == 3 else 5)  # an epoch of larger batches has fewer steps
         np.testing.assert_array_equal(resumed[0][1], saved["head"]["kernel"].numpy())
 
 
