@@ -1,4 +1,4 @@
-"""What is optimised and how: parameter groups of the lineage, the choice of SGD, schedules, state by name."""
+"""What is optimised and how: parameter groups as upstream, the choice of SGD, schedules, optimizer state by name."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def _write_rank(folder, rank: int, ranks: int, tensors: dict, tables: list, read
 
 
 def to_pth(source, path) -> None:
-    """Writes the checkpoint `source` of a Learner as one `.pth` in the lineage's schema; training can go on from it.
+    """Writes the checkpoint `source` of a Learner as one `.pth` that training can go on from.
 
     The class centers [C, D] become {"head": {"kernel": [D, C]}}, their momentum goes where `.pth` files keep it (one
     in 8 bits stays out: it starts anew). Tables pass through files beside `path`, as large as themselves in float32,

@@ -1,4 +1,4 @@
-"""A trace of a few training steps, and the ten dearest operations in it."""
+"""A trace of a few training steps, and the ten most expensive operations in it."""
 
 from __future__ import annotations
 

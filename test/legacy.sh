@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # PyTorch 1.8.1 on Python 3.9, the old end of what is supported: its environment (.venv-1.8), the tests that are marked
-# `core`, and the launchers on a small drawn set. Without a python3.9 it says so and ends well.
+# `core`, and the launchers on a small set of synthetic faces. Without a python3.9 it says so and ends well.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 source scripts/environment.sh
@@ -44,7 +44,7 @@ same_losses() {  # the first half and what was resumed from it, against the whol
 }
 
 step "core tests" "$PYTHON" -m pytest -m core -n "${TEST_WORKERS:-2}" --ignore=test/npu --ignore=test/versions
-step "a drawn set" "$PYTHON" -m data.synthetic --output "$work/set" --identities 4 --images_per_identity 8 \
+step "a synthetic set" "$PYTHON" -m data.synthetic --output "$work/set" --identities 4 --images_per_identity 8 \
     --verify_identities 10 --verify_images 2 --pairs 20
 step "one rank" launch whole train_full_1p --epochs=2
 step "one rank, half" launch half train_full_1p --epochs=1
