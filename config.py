@@ -251,7 +251,10 @@ class Config:
         10, "steps between two lines of metrics.jsonl", low=1, old=("--frequent", "--log_interval_step", "--log_period")
     )
     tensorboard: bool = option(True, "write tensorboard events beside metrics.jsonl (needs tensorboardX)")
-    output: str = option("", "evaluation: folder of the results; training: short for work_path with run_dir inside it")
+    output: str = option(
+        "",
+        "evaluation: folder of the results; training: work_path, and through a launcher run_dir inside it",
+    )
     recipe: str = option("", "start from a named recipe of configs/ instead of the defaults")
 
     def check(self) -> Config:
@@ -380,7 +383,6 @@ def parse_arguments(
         if "work_path" in given:
             raise ConfigError("--output and --work_path name the same folder: give one of them")
         given["work_path"] = given["output"]
-        given.setdefault("run_dir", str(Path(given["output"]) / "log"))
     config = replace(defaults, **given).check()
     if config.is_finetune and not config.pth_path and config.resume not in ("", "auto", "newest"):
         raise ConfigError("--is_finetune takes its weights from --pth_path; --resume goes on with all of a checkpoint")

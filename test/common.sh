@@ -86,13 +86,15 @@ import sys
 import config
 import configs
 from runtime.host import allowed_cores
-from runtime.log import run_command
+from runtime.log import run_command, run_folder
 
 def main():
     with contextlib.redirect_stderr(io.StringIO()):  # its notes come from the program itself
         argv, recipes = configs.take_config(sys.argv[3:], int(sys.argv[2]))
-    options = config.parse_arguments(argv, training=sys.argv[1] == "train.py", recipes=recipes)
-    print(options.device_type, options.device_id, len(allowed_cores()), options.run_dir, sep="\n")
+    training = sys.argv[1] == "train.py"
+    options = config.parse_arguments(argv, training=training, recipes=recipes)
+    folder = run_folder(options.work_path, bool(options.resume)) if training and options.output else ""
+    print(options.device_type, options.device_id, len(allowed_cores()), options.run_dir or folder, sep="\n")
 
 run_command(main)
 '

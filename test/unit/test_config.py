@@ -108,7 +108,7 @@ def test_every_number_has_bounds(field):
         (["--num_epoch=3", "--warmup_epoch=1", "--frequent=5"], dict(epochs=3, warmup_epochs=1.0, log_every=5)),
         (["--eval_data_mode", "lfw", "--backend=gloo"], dict(val_targets=("lfw",), dist_backend="gloo")),
         (["--is_static=1", "--sample-ratio=0.1", "--data_dir=x"], dict(static=True, sample_rate=0.1, data_path="x")),
-        (["--output=x"], dict(work_path="x", run_dir="x/log")),
+        (["--output=x"], dict(work_path="x", run_dir="")),
     ],
 )
 def test_old_names_of_the_same_meaning_work(argv, expected):

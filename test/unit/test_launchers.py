@@ -411,8 +411,10 @@ def test_a_folder_to_be_made_is_made_where_the_caller_stands(project, tmp_path):
 
 
 def test_output_is_the_folder_of_everything(project):
-    run = launch(project, "train_full_1p", "--output=everything")
-    assert run.status == 0 and (project / "everything" / "log" / "rank_0.log").exists()
+    for name in ("log", "log_2"):
+        run = launch(project, "train_full_1p", "--output=everything")
+        assert run.status == 0 and (project / "everything" / name / "rank_0.log").exists()
+        (project / "everything" / name / "metrics.jsonl").touch()
 
 
 def test_called_from_test_the_root_s_paths_hold(project):
