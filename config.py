@@ -119,7 +119,7 @@ class Config:
         1.0, "length of a class center before training; arcface_torch's is 0.2263", above=0, high=1e3
     )
     centers_dtype: str = option(
-        "fp32", "storage of the class centers; half ones are rounded stochastically", ("fp32", "bf16", "fp16")
+        "fp32", "storage of the class centers; bf16 is rounded stochastically", ("fp32", "bf16")
     )
     momentum_dtype: str = option("fp32", "storage of the centers' momentum", ("fp32", "bf16", "int8", "none"))
     momentum_on_host: bool = option(False, "keep the centers' momentum in the host's memory")

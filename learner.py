@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
-    "fp16": torch.float16,
     "int8": torch.int8,
     "none": torch.float32,
 }

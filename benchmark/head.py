@@ -1,4 +1,4 @@
-"""The head's step, side by side: eager reference, chunked, Triton's kernels, a plain Partial FC.
+"""The head's step: its four products alone, eager reference, chunked, Triton's kernels, a plain Partial FC.
 
     python -m benchmark.head [--device cpu] [--classes 1000000] [--batch_size 128] [--embedding_size 512]
     python -m benchmark.head --sweep [--device cuda --peer FOLDER_OF_ARCFACE_TORCH]
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -27,15 +26,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmark.record import write_record
 from head.head import MarginHead
 from head.margins import arcface
+from head.ops.chunked import chunk_rows
 from head.plan import HeadPlan, StorageFormat
 from runtime.device import parse_device
 
 # A CPU's memory is given back when it is freed, so that the process's peak is what was in use.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 
+PRODUCTS = "the products alone"
 WAYS = {
+    PRODUCTS: {},
     "reference": dict(op="reference"),
     "chunked": dict(op="chunked"),
     "triton": dict(op="triton"),
@@ -90,6 +93,8 @@ def build(case, device):
             return loss
 
         return step, classes * dim * (8 if case["momentum"] else 4)
+    if case["way"] == PRODUCTS:
+        return build_products(case, device), 4 * classes * dim
     if case["way"] == "arcface_torch":
         return build_peer(case, device), classes * dim * (8 if case["momentum"] else 4)
     head = MarginHead(
@@ -101,16 +106,38 @@ def build(case, device):
         dtype=getattr(torch, case["dtype"]),
         momentum_dtype=getattr(torch, case["momentum_dtype"]),
         momentum_on_host=case["momentum_on_host"],
+        operand=torch.bfloat16 if device.kind != "cpu" else torch.float32,
         **WAYS[case["way"]],
     )
 
     def step(emb_BD, label_B):
-        loss = head(emb_BD, label_B).loss
-        loss.backward()
+        for _ in range(case["accumulate"]):
+            loss = head(emb_BD, label_B).loss
+            (loss / case["accumulate"]).backward()
         head.step(0.1)
         return loss
 
     return step, plan_of(case, device).device_state
+
+
+def build_products(case, device):
+    """What no implementation can do without: two products forward, two for the update, over chunks of rows."""
+    dtype = torch.float32 if device.kind == "cpu" else torch.bfloat16
+    table_CD = torch.randn(case["classes"], case["embedding_size"], device=device.torch).to(dtype)
+    sampled = int(case["classes"] * case["sample_rate"])
+
+    def step(emb_BD, label_B):
+        left_BD = emb_BD.detach().to(dtype)
+        chunk = chunk_rows(len(left_BD), left_BD.shape[1], device.kind, sampled)
+        for images in [left_BD] * case["accumulate"] + [left_BD.repeat(case["accumulate"], 1)]:
+            second = images is not left_BD
+            for start in range(0, sampled, chunk):
+                rows_KD = table_CD[start : start + chunk]
+                z_BK = images @ rows_KD.t()
+                z_BK.t() @ images if second else z_BK @ rows_KD
+        return left_BD.sum()
+
+    return step
 
 
 def build_peer(case, device):
@@ -170,6 +197,7 @@ def plan_of(case, device) -> HeadPlan:
         case["sample_rate"],
         form,
         device_type=device.kind,
+        accumulate=case["accumulate"],
     )
 
 
@@ -191,7 +219,6 @@ def measure(case) -> dict:
         device.set()
     if case["threads"]:
         torch.set_num_threads(case["threads"])
-    low = device.kind != "cpu"
     generator = torch.Generator().manual_seed(0)
     emb_BD = torch.randn(case["batch_size"], case["embedding_size"], generator=generator).to(device.torch)
     label_B = torch.randint(case["classes"], (case["batch_size"],), generator=generator).to(device.torch)
@@ -204,7 +231,7 @@ def measure(case) -> dict:
     step, state = build(case, device)
     seconds, cpu_seconds, losses = [], [], []
     for _ in range(1 + case["repeats"]):
-        leaf_BD = (emb_BD.to(torch.bfloat16) if low else emb_BD.clone()).requires_grad_()
+        leaf_BD = emb_BD.clone().requires_grad_()
         device.synchronize()
         clock, cpu = time.perf_counter(), time.process_time()
         loss = step(leaf_BD, label_B)
@@ -268,6 +295,8 @@ def main() -> None:
     parser.add_argument("--momentum_dtype", default="float32")
     parser.add_argument("--momentum_on_host", action="store_true")
     parser.add_argument("--peer", help="a folder with arcface_torch, whose Partial FC is run beside (cuda only)")
+    parser.add_argument("--accumulate", type=int, default=1, help="forward passes an update")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="instead of all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; 0 = as torch chooses")
     parser.add_argument("--sweep", action="store_true", help="classes 1e5 1e6 1e7, sample rates 1 0.1 0.01")
@@ -288,6 +317,7 @@ def main() -> None:
             "momentum_dtype",
             "momentum_on_host",
             "peer",
+            "accumulate",
             "repeats",
             "threads",
         )
@@ -296,7 +326,7 @@ def main() -> None:
     shared["ceilings"] = ceilings(device)
     classes = options.classes or ([1e5, 1e6, 1e7] if options.sweep else [1e6])
     rates = options.sample_rate or ([1.0, 0.1, 0.01] if options.sweep else [1.0])
-    ways = ways_of(device.kind, options.sweep, options.peer)
+    ways = options.ways or ways_of(device.kind, options.sweep, options.peer)
     sys.stdout.write(
         f"{'way':<24}{'classes':>12}{'rate':>7}{'sampled':>12}{'seconds':>10}{'cpu s':>10}{'state MB':>11}"
         f"{'above it MB':>12}{'matmul':>8}{'copy':>6}{'loss':>10}\n"
@@ -310,20 +340,10 @@ def main() -> None:
                 rows.append({**case, **row})
                 sys.stdout.write(line(case, row) + "\n")
                 sys.stdout.flush()
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"head_{'sweep_' if options.sweep else ''}{device.kind}_{time.strftime('%Y-%m-%d')}.json"
-    record = {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "device": device.describe(),
-        "python": sys.version.split()[0],
-        "threads": options.threads or torch.get_num_threads(),
-        "command": shlex.join(["python", "-m", "benchmark.head", *sys.argv[1:]]),
-        "ceilings": shared["ceilings"],
-        "rows": rows,
-    }
-    (folder / name).write_text(json.dumps(record, indent=1) + "\n")
-    sys.stdout.write(f"{folder / name}\n")
+                name = f"head_{'sweep_' if options.sweep else ''}{device.kind}"
+                content = {"ceilings": shared["ceilings"], "rows": rows}
+                path = write_record(name, content, device, options.output)  # as it goes: a lent machine may go away
+    sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":

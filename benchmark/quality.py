@@ -67,7 +67,6 @@ def make_rows() -> dict:
         {
             "bf16, no momentum, 10 x lr": dict(rows["bf16, no momentum"], head_lr=10.0),
             "fp32, no momentum": dict(momentum=0.0),
-            "fp16 + fp32": dict(dtype=torch.float16),
             "bf16 to nearest + fp32 (control)": dict(dtype=torch.bfloat16, nearest=True),
             "fp32 + fp32, rate 0.1, sampled": dict(sample_rate=0.1),
             "fp32 + fp32, rate 0.1, all": dict(sample_rate=0.1, update_rows="all"),

@@ -43,6 +43,7 @@ from torch.nn import functional as F
 
 from benchmark.head import ENVIRONMENT, PlainPartialFC
 from benchmark.plain_backbones import PLAIN
+from benchmark.record import write_record
 from data.faces import draw_face, draw_identity
 from data.transforms import to_input
 from head.head import MarginHead
@@ -471,7 +472,7 @@ def as_markdown(record: dict) -> str:
 
     lines = [f"# Training step on {record['hardware']['kind']}, {record['date']}", "", f"    {record['command']}", ""]
     lines += [f"- {key}: {log.plain(record[key])}" for key in (
-        "hardware", "versions", "commit", "threads", "classes", "rounds", "steps", "load_before", "load_after",
+        "hardware", "versions", "commit", "threads", "classes", "rounds", "steps", "load_before", "load",
         "malloc")]  # fmt: skip
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(cell(row, column) for column in COLUMNS) + " |" for row in record["rows"]]
@@ -540,39 +541,26 @@ def main(argv=None) -> None:
     for net in {(case.net_mode, case.net_depth) for group in groups for case in group if case.net in PLAIN}:
         check_same_numbers(*net, device)
     rows = []
-    for cases in groups:
-        rows += rows_of(cases, device, options.rounds, steps)
-        print(
-            *(
-                f"{row['net']} {row['batch_size']} {row['policy']} {row['form']}: {row.get('images_per_s')} images/s"
-                for row in rows[-len(cases) :]
-            ),
-            sep="\n",
-            file=sys.stderr,
-        )
     malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     arguments = shlex.join(sys.argv[1:] if argv is None else argv)
-    record = {
-        "benchmark": "step",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python -m benchmark.step {arguments}".rstrip(),
-        "hardware": device.describe(),
-        "versions": log.versions(),
-        "commit": log.commit(),
-        "threads": torch.get_num_threads(),
-        "classes": options.head,
-        "rounds": options.rounds,
-        "steps": steps,
-        "load_before": load_before,
-        "load_after": [round(value, 1) for value in os.getloadavg()],
-        "malloc": malloc or "freed memory is kept, as in training (Device.set); for peak_MiB it is given back",
-        "rows": rows,
-    }
-    print(as_markdown(record))
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / f"{record['date']}_step_{device.kind}_torch-{torch.__version__.split('+')[0]}"
-    Path(f"{stem}.json").write_text(json.dumps(log.plain(record), indent=2) + "\n", encoding="utf-8")
-    Path(f"{stem}.md").write_text(as_markdown(record), encoding="utf-8")
+    name = f"step_{device.kind}_torch-{torch.__version__.split('+')[0]}"
+    for cases in groups:
+        rows += rows_of(cases, device, options.rounds, steps)
+        for row in rows[-len(cases) :]:
+            said = f"{row['net']} {row['batch_size']} {row['policy']} {row['form']}: {row.get('images_per_s')} images/s"
+            print(said, file=sys.stderr)
+        content = {
+            "classes": options.head,
+            "rounds": options.rounds,
+            "steps": steps,
+            "load_before": load_before,
+            "malloc": malloc or "freed memory is kept, as in training (Device.set); for peak_MiB it is given back",
+            "rows": rows,
+        }
+        command = f"OMP_NUM_THREADS={torch.get_num_threads()} python -m benchmark.step {arguments}".rstrip()
+        path = write_record(name, content, device, options.output, command)  # as it goes
+        path.with_suffix(".md").write_text(as_markdown(json.loads(path.read_text())), encoding="utf-8")
+    print(path.with_suffix(".md").read_text(encoding="utf-8"))
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

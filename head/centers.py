@@ -7,6 +7,7 @@ rows: weight, momentum and the row's inverse length move together, as they are s
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -17,18 +18,20 @@ from head.storage import FloatTable, make_table, table_of
 from runtime.errors import ModelError
 from runtime.shard import RowShard
 
+logger = logging.getLogger(__name__)
+
 STEP_ROWS = 8192  # rows of temporaries
 INIT_ROWS = 8192  # rows that are made from one seed
 INIT_SALT = 0x5EED_C0DE  # so that the rows are not the numbers that others take from the same seed
 
-CENTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CENTER_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 class Centers:
     """[rows, width] of `shard`.
 
-    dtype: of the stored weight (bfloat16 and float16 are rounded stochastically). momentum_dtype: float32, bfloat16 or
+    dtype: of the stored weight (bfloat16 is rounded stochastically). momentum_dtype: float32, bfloat16 or
     int8 (see `ByteTable`); momentum 0 stores none. momentum_on_host: it lives in pinned host memory, from where the
     update takes the rows that it moves; host_threads: cores for that.
     init_norm: length of a fresh row in expectation (1: InsightFace_Pytorch; 0.01 * sqrt(width): arcface_torch).
@@ -142,6 +145,8 @@ class Centers:
                 f"class centers: expected {[self.shard.rows, self.width]}, got {list(state['weight'].shape)}"
             )
         self.updates = int(state["updates"])
+        if state["weight"].dtype != self.dtype:
+            logger.info("class centers: %s in the checkpoint, %s here", state["weight"].dtype, self.dtype)
         self.weight.copy_(state["weight"])
         self.measure()
         if self.momentum is None:

@@ -47,7 +47,7 @@ class StorageFormat:
     @property
     def options(self) -> str:
         """What asks for it on a command line."""
-        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8", None: "none"}
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8", None: "none"}
         return (
             f"--centers_dtype={names[self.dtype]} --momentum_dtype={names[self.momentum_dtype]}"
             f"{' --momentum_on_host' if self.momentum_on_host else ''}"

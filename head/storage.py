@@ -16,8 +16,7 @@ import torch
 from head.ops import rows_of
 
 BLOCK = 128  # elements that share one scale in a byte table
-# mantissa bits of float32 that the type does not keep
-DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+DROPPED_BITS = {torch.bfloat16: 16}  # mantissa bits of float32 that the type does not keep
 
 
 class FloatTable:
@@ -98,9 +97,9 @@ def noise_like(rows: torch.Tensor, generator) -> torch.Tensor:
 
 
 def round_stochastically(rows: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor) -> torch.Tensor:
-    """float32 -> bfloat16 or float16, up or down with the probability that makes the mean exact; nan stays nan.
+    """float32 -> bfloat16, up or down with the probability that makes the mean exact; nan stays nan.
 
-    bits: int32, of the same shape. float16's subnormals (below 6e-5) go to the nearest."""
+    bits: int32, of the same shape."""
     below = (1 << DROPPED_BITS[dtype]) - 1
     rows = rows.to(torch.float32)
     raised = (rows.view(torch.int32) + (bits & below)) & ~below

@@ -20,7 +20,7 @@ CASES = {
     "bf16": dict(dtype=torch.bfloat16),
     "bf16 + int8": dict(dtype=torch.bfloat16, momentum_dtype=torch.int8, sample_rate=0.3),
     "momentum on the host": dict(momentum_on_host=True, sample_rate=0.3),
-    "fp16 + host bf16": dict(dtype=torch.float16, momentum_dtype=torch.bfloat16, momentum_on_host=True),
+    "bf16 + host bf16": dict(dtype=torch.bfloat16, momentum_dtype=torch.bfloat16, momentum_on_host=True),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -193,7 +194,6 @@ def test_a_forward_from_before_a_step_is_refused_after_it():
 
 FORMS = {
     "bf16 + fp32": dict(dtype=torch.bfloat16),
-    "fp16 + fp32": dict(dtype=torch.float16),
     "fp32 + bf16": dict(momentum_dtype=torch.bfloat16),
     "fp32 + int8": dict(momentum_dtype=torch.int8),
     "bf16 + int8": dict(dtype=torch.bfloat16, momentum_dtype=torch.int8),
@@ -209,7 +209,7 @@ def noise(seed=0):
 
 def test_rounding_is_unbiased_and_to_a_neighbour():
     rows_KW, source = torch.linspace(-3, 3, 4000).reshape(1000, 4), noise()
-    for dtype, unit in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
+    for dtype, unit in [(torch.bfloat16, 2.0**-8)]:
         total_KW, count = torch.zeros(1000, 4, dtype=torch.float64), 200
         for _ in range(count):
             rounded_KW = round_stochastically(rows_KW, dtype, noise_like(rows_KW, source))
@@ -222,7 +222,7 @@ def test_rounding_is_unbiased_and_to_a_neighbour():
         assert torch.equal(round_stochastically(exact_KW.float(), dtype, noise_like(rows_KW, source)), exact_KW)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_rounding_leaves_what_is_not_finite(dtype):
     """0x7FFFFFFF is the nan that CUDA's arithmetic gives: added to, it ran over into -0."""
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, 0x7F800000, -0x800000], dtype=torch.int32)
@@ -268,9 +268,8 @@ def test_every_form_follows_float32(form, sample_rate):
     plain.load_kernel(stored.gathered_kernel())
     train(plain, 1)
     train(stored, 1)
-    unit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[stored.centers.dtype]
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7}[stored.centers.dtype]
     difference_CD = stored.centers.weight.float() - plain.centers.weight
-    # of the smallest float16 numbers the distance does not shrink any more
     assert (difference_CD.abs() <= unit * plain.centers.weight.abs() + 6e-8).all()
     if stored.centers.momentum is not None:
         velocity_CD = plain.centers.momentum.data
@@ -367,6 +366,15 @@ def test_one_file_holds_all_of_it(kw):
     for head in (first, second):
         train(head, 2, first=3)
     assert torch.equal(first.centers.weight, second.centers.weight)
+
+
+def test_centers_of_an_older_version_in_fp16_are_converted_aloud(caplog):
+    first, second = train(make(dtype=torch.float32), 3), make(dtype=torch.float32)
+    old = {**first.local_state(), "weight": first.centers.weight.half()}
+    with caplog.at_level(logging.INFO):
+        second.load_local_state(old)
+    assert torch.equal(second.centers.weight, first.centers.weight.half().float())
+    assert "class centers: torch.float16 in the checkpoint, torch.float32 here" in caplog.text
 
 
 def test_a_state_in_another_form_is_converted():
