@@ -41,7 +41,14 @@ def cases() -> dict[str, dict]:
         **{net: {"net_mode": net, **options} for net, options in NETS.items()},
         **{loss: {"loss_type": loss} for loss in LOSSES},
         "dynamic loss scale": {"loss_scale": "dynamic"},
-        "sampled centers": {"sample_rate": 0.5},
+        "sampled classes": {"sample_rate": 0.5},
+        "sampled classes, update_rows=all": {"sample_rate": 0.5, "update_rows": "all"},
+        "sampled classes, accumulation": {"sample_rate": 0.5, "accumulate": 2},
+        "bf16 centers": {"centers_dtype": "bf16"},
+        "bf16 centers, int8 momentum": {"centers_dtype": "bf16", "momentum_dtype": "int8"},
+        "momentum on the host": {"momentum_on_host": True},
+        "top5": {"top5": True},
+        "filtering": {"interclass_filtering_threshold": 0.4},
         "clipping": {"clip_grad_norm": 1.0},
         "accumulation": {"accumulate": 2},
         "flip sum": {"flip_sum": True},
@@ -95,9 +102,12 @@ def narrow_nets() -> Iterator[None]:
 
 
 def table(found) -> str:
-    """Markdown rows `operator | types | needed by`, sorted by name."""
+    """Markdown rows `operator | types | needed by`, sorted by name; * where the chip's cores do not compute it."""
+    import npu_sim
+
+    slow = npu_sim.slow({name: dtypes for name, (dtypes, _) in found.items()})
     rows = [
-        f"| {name} | {' '.join(sorted(dtypes - {'-'}))} | {_which(by)} |"
+        f"| {name}{' *' if name in slow else ''} | {' '.join(sorted(dtypes - {'-'}))} | {_which(by)} |"
         for name, (dtypes, by) in sorted(found.items())
     ]
     return "\n".join(["| operator | types | needed by |", "| --- | --- | --- |", *rows])
@@ -121,7 +131,7 @@ def kept() -> dict[str, dict[str, set[str]]]:
     """{section: {operator: types}} of docs/npu_operators.md."""
     sections: dict[str, dict[str, set[str]]] = {}
     for part in re.split(r"^(?=## torch )", LIST.read_text(), flags=re.MULTILINE)[1:]:
-        rows = re.findall(r"^\| (aten::\S+) \| ([^|]*)\|", part, flags=re.MULTILINE)
+        rows = re.findall(r"^\| (aten::\S+)(?: \*)? \| ([^|]*)\|", part, flags=re.MULTILINE)
         sections[part.splitlines()[0]] = {name: set(dtypes.split()) for name, dtypes in rows}
     return sections
 
@@ -134,7 +144,21 @@ argument: what to check on a new version of CANN or torch_npu. Counted on the em
     {command}
 
 which rewrites the section of the torch that it runs on. Cases: ir_se with arcface in O2, and one option changed at a
-time. On a real NPU torch_npu may answer some of them by an operator of its own under the same name.
+time. On a real NPU torch_npu may answer some of them by an operator of its own under the same name; `bash
+test/npu_check.sh` compares each of them with float64 there.
+
+## Versions that have them
+
+As their sources say, nothing of it run on an NPU:
+
+| operators | torch_npu |
+| --- | --- |
+| all below | 2.1 and later have a kernel for each |
+| the same in 1.8.1 and 1.11 | under their older names: prelu for _prelu_kernel, norm for linalg_vector_norm, a loop of copies for _foreach_copy_ |
+| _foreach_copy_ between half and float | one kernel from CANN 9.1, before that a loop of copies on the device |
+| mm with out_dtype | torch 2.9 with op-plugin 26.1.0; before that fp16 operands give an fp16 product, with the loss scale |
+| _fused_sgd_ | in op-plugin's newest sources only: before that the host's CPU, so torch's foreach SGD goes before it |
+| \\* right shifts and sorts of integers, cumsum of int64 and bool, index_put into int64 | the chip's slow CPU (AICPU) before Ascend950: no step of training uses them (`test/npu/test_npu_head.py` holds it) |
 """
 
 
@@ -142,7 +166,7 @@ def write(text: str) -> None:
     """Puts the table of the torch at hand into its section of the kept list, which stays sorted."""
     introduction = INTRODUCTION.format(command="python test/npu/operators.py --write")
     parts = re.split(r"^(?=## torch )", LIST.read_text(), flags=re.MULTILINE)[1:] if LIST.exists() else []
-    sections = {part.splitlines()[0]: part.rstrip() for part in parts}
+    sections = {part.splitlines()[0]: part.rstrip() for part in parts if part.startswith("## torch ")}
     sections[section()] = f"{section()}\n\n{text}"
     LIST.parent.mkdir(exist_ok=True)
     LIST.write_text("\n".join([introduction, "\n\n".join(sections[name] for name in sorted(sections)), ""]))

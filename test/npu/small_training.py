@@ -25,19 +25,22 @@ def narrow_net(net_mode: str, dropout=None):
         return create_model(net_mode, 18, embedding_size=32, dropout=dropout)
 
 
-def batch(seed: int):
-    """uint8 images [BATCH, 112, 112, 3], which to flip, labels."""
+def batch(seed: int, size: int = BATCH):
+    """uint8 images [size, 112, 112, 3], which to flip, labels."""
     generator = torch.Generator().manual_seed(seed)
-    images_BHWC = torch.randint(0, 256, (BATCH, 112, 112, 3), generator=generator, dtype=torch.uint8)
+    images_BHWC = torch.randint(0, 256, (size, 112, 112, 3), generator=generator, dtype=torch.uint8)
     return (
         images_BHWC,
-        torch.rand(BATCH, generator=generator) < 0.5,
-        torch.randint(0, CLASSES, (BATCH,), generator=generator),
+        torch.rand(size, generator=generator) < 0.5,
+        torch.randint(0, CLASSES, (size,), generator=generator),
     )
 
 
 class SmallTraining:
-    """Steps on two batches of random images in turn, the same on every device: few enough to be learnt by heart."""
+    """Steps on two batches of random images in turn, the same on every device: few enough to be learnt by heart.
+
+    wide: the net in its full width and depth (ir_50), to be timed. batch: images a step. head: MarginHead's options.
+    """
 
     def __init__(
         self,
@@ -48,24 +51,35 @@ class SmallTraining:
         scaling: LossScaling = STATIC,
         sgd: str = "auto",
         dropout=None,
+        wide: bool = False,
+        batch: int = BATCH,
+        **head,
     ):
         device.set()
         device.seed(0)
-        self.device = device
-        self.net = narrow_net(net_mode, dropout).to(device.torch)
+        self.device, self.batch = device, batch
+        net = create_model("ir", 50, dropout=dropout) if wide else narrow_net(net_mode, dropout)
+        self.net = net.to(device.torch)
         self.precision = Precision(policy, device, scaling=scaling)
         groups = parameter_groups(self.net, net_mode)
         self.optimizer = self.precision.prepare(self.net, lambda groups: make_sgd(groups, LR, 0.9, device, sgd), groups)
         self.head = MarginHead(
-            CLASSES, 32, margin=margin, device=device.torch, weight_decay=head_weight_decay(net_mode)
+            CLASSES,
+            512 if wide else 32,
+            margin=margin,
+            device=device.torch,
+            weight_decay=head_weight_decay(net_mode),
+            **head,
         )
         self.forward = self.net
         self.losses: list[float] = []
         self.steps = 0
 
     def step(self, max_norm=None):
-        images_BHWC, flip_B, labels_B = (t.to(self.device.torch) for t in batch(self.steps % 2))
+        on_host = batch(self.steps % 2, self.batch)
+        images_BHWC, flip_B, labels_B = (t.to(self.device.torch) for t in on_host)
         self.steps += 1
+        self.head.prepare(on_host[-1])
         self.net.train()
         images = self.precision.cast_input(to_input(images_BHWC, flip_B))
         with self.precision.autocast():
