@@ -42,10 +42,10 @@ def cases() -> dict[str, dict]:
         **{loss: {"loss_type": loss} for loss in LOSSES},
         "dynamic loss scale": {"loss_scale": "dynamic"},
         "sampled classes": {"sample_rate": 0.5},
-        "sampled classes, update_rows=all": {"sample_rate": 0.5, "update_rows": "all"},
-        "sampled classes, accumulation": {"sample_rate": 0.5, "accumulate": 2},
+        "update_rows=all": {"sample_rate": 0.5, "update_rows": "all"},
+        "accumulation of sampled classes": {"sample_rate": 0.5, "accumulate": 2},
         "bf16 centers": {"centers_dtype": "bf16"},
-        "bf16 centers, int8 momentum": {"centers_dtype": "bf16", "momentum_dtype": "int8"},
+        "int8 momentum": {"centers_dtype": "bf16", "momentum_dtype": "int8"},
         "momentum on the host": {"momentum_on_host": True},
         "top5": {"top5": True},
         "filtering": {"interclass_filtering_threshold": 0.4},
@@ -149,16 +149,16 @@ test/npu_check.sh` compares each of them with float64 there.
 
 ## Versions that have them
 
-As their sources say, nothing of it run on an NPU:
+As their sources say; nothing of it was run on an NPU.
 
-| operators | torch_npu |
-| --- | --- |
-| all below | 2.1 and later have a kernel for each |
-| the same in 1.8.1 and 1.11 | under their older names: prelu for _prelu_kernel, norm for linalg_vector_norm, a loop of copies for _foreach_copy_ |
-| _foreach_copy_ between half and float | one kernel from CANN 9.1, before that a loop of copies on the device |
-| mm with out_dtype | torch 2.9 with op-plugin 26.1.0; before that fp16 operands give an fp16 product, with the loss scale |
-| _fused_sgd_ | in op-plugin's newest sources only: before that the host's CPU, so torch's foreach SGD goes before it |
-| \\* right shifts and sorts of integers, cumsum of int64 and bool, index_put into int64 | the chip's slow CPU (AICPU) before Ascend950: no step of training uses them (`test/npu/test_npu_head.py` holds it) |
+- torch_npu 2.1 and later has a kernel for each operator below; 1.8.1 and 1.11 under older names: prelu for
+  _prelu_kernel, norm for linalg_vector_norm, single copies for _foreach_copy_.
+- _foreach_copy_ between half and float is one kernel from CANN 9.1 on, before that a loop of copies on the device.
+- mm with out_dtype: torch 2.9 with op-plugin 26.1.0. Before, fp16 operands give an fp16 product, and the loss scale
+  keeps it in range.
+- _fused_sgd_ is in op-plugin's newest sources only; before, it falls back to the host: torch's foreach SGD goes first.
+- Right shifts and sorts of integers, cumsum of int64 and bool and index_put into int64 run on the chip's slow CPU
+  (AICPU) before Ascend950. They are marked with * below; no step of training uses them (`test/npu/test_npu_head.py`).
 """
 
 
