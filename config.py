@@ -269,6 +269,11 @@ class Config:
             raise ConfigError(f"--loss_scale {self.loss_scale}: give a positive number such as 128.0, or dynamic")
         if (self.fs_dir_for_save or self.fs_checkpoint_dir) and not self.fs_name:
             raise ConfigError("--fs_dir_for_save and --fs_checkpoint_dir are folders of a store: name it by --fs_name")
+        if not self.model_parallel and (self.checkpoint == "sharded" or self.sample_rate < 1):
+            raise ConfigError(
+                "--model_parallel=false holds all class centers on every rank: with --checkpoint=pth alone, "
+                "and --sample_rate=1"
+            )
         if len(self.combined_margin) != 3:
             raise ConfigError(f"--combined_margin {_shown(self.combined_margin)}: needs three numbers, m1 m2 m3")
         return self

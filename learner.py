@@ -652,7 +652,7 @@ def check_memory(config: Config, recognizer: Recognizer, num_classes: int, world
     head = plan.HeadPlan(
         num_classes,
         recognizer.architecture["embedding_size"],
-        world.size,
+        world.size if config.model_parallel else 1,
         config.batch_size // (world.size * config.accumulate),
         config.sample_rate,
         form,

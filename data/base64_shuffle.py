@@ -108,10 +108,15 @@ def _divide(piece: _Piece, folder: Path, buckets: int, seed: int, label_first: b
     """Writes the piece's lines to `folder` in the order of their keys, before them for each bucket where its lines
     begin. How many lines, and how many bytes of them, went into each bucket."""
     begin, data = _own_lines(piece)
-    lines = data.split(b"\n")
-    offsets = begin + np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])[:-1]]).astype(np.uint64)
-    texts = _checked(lines, data, label_first, piece.path, offsets)
-    keys = _keys(seed, piece.part, offsets)
+    ends = _plain(data, label_first)
+    if ends is not None:
+        view, starts = memoryview(data), np.concatenate([[0], ends[:-1]])
+        texts = [view[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
+    else:
+        lines = data.split(b"\n")
+        starts = np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])[:-1]]).astype(np.int64)
+        texts = [_checked(*one, label_first, piece.path) for one in zip(lines, (begin + starts).tolist())]
+    keys = _keys(seed, piece.part, (begin + starts).astype(np.uint64))
     lengths = np.fromiter(map(len, texts), np.uint32, len(texts))
     order = np.argsort(keys, kind="stable")
     order = order[lengths[order] > 0]
@@ -151,23 +156,27 @@ def _own_lines(piece: _Piece) -> tuple[int, bytes]:
     return begin, data
 
 
-def _checked(lines: list[bytes], data: bytes, label_first: bool, path: Path, offsets: np.ndarray) -> list[bytes]:
-    """Each line as `base64<TAB>label<NEWLINE>`, a blank one as nothing; DataError with its number where it is neither.
-
-    data: the lines together. What they hold beside base64's letters is looked at in all of them at once.
-    """
-    letters = not data.translate(None, _ALPHABET + b"=\t\n") and not (
-        label_first and data.count(b"\t") > len(lines) - (not lines[-1])
-    )
-    texts = []
-    for line, offset in zip(lines, offsets):
-        first, _tab, second = line.partition(b"\t")
-        label, image = (first, second) if label_first else (second, first)
-        if letters and label.isdigit() and label[:1] != b"0" and len(label) <= _MAX_DIGITS and _is_padded(image):
-            texts.append(b"%s\t%s\n" % (image, label))
-        else:
-            texts.append(_checked_alone(line.rstrip(b"\r"), label_first, path, int(offset)))
-    return texts
+def _plain(data: bytes, label_first: bool) -> Optional[np.ndarray]:
+    """Where the lines of `data` end, if all of them are exactly `base64<TAB>label<NEWLINE>`; else None. Looks at all of
+    them at once."""
+    if label_first or not data.endswith(b"\n") or data.translate(None, _ALPHABET + b"=\t\n"):
+        return None
+    bytes_N = np.frombuffer(data, np.uint8)
+    ends, tabs = np.flatnonzero(bytes_N == ord("\n")), np.flatnonzero(bytes_N == ord("\t"))
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    if len(tabs) != len(ends) or not ((begins < tabs) & (tabs < ends)).all():
+        return None
+    images, labels = tabs - begins, ends - tabs - 1
+    if (images % 4).any() or labels.min() < 1 or labels.max() > _MAX_DIGITS:
+        return None
+    last, before = bytes_N[tabs - 1] == ord("="), bytes_N[tabs - 2] == ord("=")
+    if (before & ~last).any() or data.count(b"=") != last.sum() + before.sum():
+        return None
+    digits = bytes_N[np.repeat(tabs + 1 - np.cumsum(labels) + labels, labels) + np.arange(labels.sum())]
+    leading_zero = (bytes_N[tabs + 1] == ord("0")) & (labels > 1)
+    if (digits < ord("0")).any() or (digits > ord("9")).any() or leading_zero.any():
+        return None
+    return ends + 1
 
 
 def _is_padded(image: bytes) -> bool:
@@ -178,7 +187,9 @@ def _is_padded(image: bytes) -> bool:
     )
 
 
-def _checked_alone(line: bytes, label_first: bool, path: Path, offset: int) -> bytes:
+def _checked(line: bytes, offset: int, label_first: bool, path: Path) -> bytes:
+    """The line as `base64<TAB>label<NEWLINE>`, a blank one as nothing; DataError with its number else."""
+    line = line.rstrip(b"\r")
     if not line.strip():
         return b""
     first, tab, second = line.partition(b"\t")
