@@ -7,10 +7,8 @@ of a protobuf message (field 1: data type, field 2: dimensions), and the raw val
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
-import pickletools
+import pickle  # for its table of instructions; reading goes through data.safe_pickle
 import re
 import struct
 from pathlib import Path
@@ -160,21 +158,28 @@ def _read_pdparams(path: Path) -> dict[str, list]:
     return found
 
 
+class _WithDicts(safe_pickle._Unpickler):
+    """What data.safe_pickle admits, and dicts."""
+
+    dispatch = safe_pickle._Instructions(
+        {
+            **safe_pickle._Unpickler.dispatch,
+            **{
+                getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+                for name in ("EMPTY_DICT", "SETITEM", "SETITEMS", "LONG4")
+            },
+        }
+    )
+
+
 def _unpickled(path: Path) -> dict:
-    """The dict in a .pdparams, read as safe_pickle reads arrays, and dicts with text for keys beside."""
-    data = path.read_bytes()
     try:
-        for opcode, argument, _at in pickletools.genops(data):
-            if opcode.name not in safe_pickle._OPCODES | {"EMPTY_DICT", "SETITEM", "SETITEMS", "LONG4"}:
-                raise CheckpointError(f"refused: the pickle holds the instruction {opcode.name}")
-            if opcode.name == "LONG_BINPUT" and argument > len(data):
-                raise CheckpointError("refused: the pickle's memo is damaged")
-        value = safe_pickle._Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except CheckpointError:
-        raise
+        value = _WithDicts(path.read_bytes()).load()
     except safe_pickle._Refused as error:
         raise CheckpointError(f"refused: the pickle holds {error}, and only arrays by name are read") from None
-    except (pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a broken pickle fails in a dozen ways
         raise CheckpointError(f"is no whole .pdparams ({type(error).__name__})") from None
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise CheckpointError("holds no arrays by name")
