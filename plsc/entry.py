@@ -375,10 +375,16 @@ class Entry:
         if not self.checkpoint_dir:
             raise ConfigError("checkpoint_dir is empty: set_checkpoint_dir('./saved_model/0/') names the network")
         folder = Path(self.checkpoint_dir)
+        problem = None
         if self.fs_name and self.fs_checkpoint_dir and world.local_rank == 0:
             url = f"{self.fs_name.rstrip('/')}/{self.fs_checkpoint_dir.strip('/')}"
-            remote.download(remote.Store(url, self.fs_ugi or ""), folder)
-        world.barrier()
+            try:
+                remote.download(remote.Store(url, self.fs_ugi or ""), folder)
+            except CheckpointError as error:
+                problem = str(error)
+        problems = [one for one in world.all_gather_object(problem) if one]
+        if problems:
+            raise CheckpointError(problems[0])
         if not folder.exists():
             raise CheckpointError(f"{folder}: no such folder: correct set_checkpoint_dir")
         if weights.is_original(folder) or folder.is_file():

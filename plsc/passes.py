@@ -13,6 +13,10 @@ from runtime.files import write_text
 class FolderAPass:
     """Before Learner among a class's bases: `save` writes into the folder of the pass."""
 
+    def train(self) -> None:
+        self.checkpoints.models = self.checkpoints.sharded = Path(self.config.work_path)  # no folder beside the passes'
+        super().train()
+
     def save(self, replaces: Optional[Path] = None) -> Optional[Path]:
         at, checkpoints = self.progress, self.checkpoints
         folder = Path(self.config.work_path) / str(at.epoch if at.step_in_epoch else max(0, at.epoch - 1))
@@ -22,8 +26,10 @@ class FolderAPass:
         checkpoints.models = checkpoints.sharded = folder
         spread = checkpoints.kind == "sharded"
         if spread:
-            published = checkpoints._uploader.put if checkpoints._uploader is not None else None
-            checkpoints._saver = sharded.Saver(folder, self.world, keep=1, background=False, published=published)
+            checkpoints._saver = sharded.Saver(
+                folder, self.world, keep=1, background=False, published=checkpoints._publish
+            )
+            checkpoints._saver.names = checkpoints.saved
         path = super().save(replaces)
         if self.world.is_main:
             meta = {
