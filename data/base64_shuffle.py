@@ -22,10 +22,11 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from data.base64_reader import label_comes_first, read_file_list
-from data.parallel import cores, spread
+from data.parallel import processes, spread
 from runtime.errors import DataError
 
 MEMORY = 1 << 30
+_MOST_RANKS = 1 << 16
 _PIECES_A_WORKER = 4  # what a process holds of a piece or a bucket: its bytes, and the list of its lines
 _MAX_LINE = 64 << 20
 _MAX_DIGITS = 18  # of a label
@@ -66,8 +67,8 @@ def shuffle(
     part that is missing, an empty set, and too small a disk.
     """
     root, list_path = Path(data_dir), Path(data_dir) / file_list
-    if nranks < 1:
-        raise DataError(f"--nranks {nranks}: must be at least 1, the number of devices that will train")
+    if not 1 <= nranks <= _MOST_RANKS:
+        raise DataError(f"--nranks {nranks}: from 1 to {_MOST_RANKS}, the number of devices that will train")
     if Path(file_list).name != file_list:
         raise DataError(f"--file_list {file_list}: give the name of a file in --data_dir, without a folder")
     parts = read_file_list(list_path)
@@ -78,7 +79,7 @@ def shuffle(
         raise DataError(
             f"{root}: shuffling {total / 1e9:.2f} GB needs twice as much of the disk, and {free / 1e9:.2f} GB are free"
         )
-    workers = workers or cores()
+    workers = processes(workers)
     unit = max(1, memory // (_PIECES_A_WORKER * workers))
     with _scratch(root) as scratch:
         buckets = -(-total // unit)

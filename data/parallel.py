@@ -20,6 +20,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processes(workers: Optional[int]) -> int:
+    """`workers` itself, one a core for None; DataError where it is no number of processes."""
+    if workers is None:
+        return cores()
+    if not 1 <= workers <= MOST_WORKERS:
+        raise DataError(f"--workers {workers}: from 1 to {MOST_WORKERS} processes, or leave it out for one a core")
+    return workers
+
+
 def spread(
     function: Callable, jobs: Iterable, workers: Optional[int] = None, desc: str = "", unit: str = "image", size=None
 ) -> Iterator:
@@ -29,9 +38,7 @@ def spread(
     moves the bar (None: 1). Raises DataError where a process is killed, for example for its memory.
     """
     jobs = list(jobs)
-    if workers is not None and not 1 <= workers <= MOST_WORKERS:
-        raise DataError(f"--workers {workers}: from 1 to {MOST_WORKERS} processes, or leave it out for one a core")
-    workers = min(workers or cores(), max(1, len(jobs)))
+    workers = min(processes(workers), max(1, len(jobs)))
     sizes = [size(job) if size else 1 for job in jobs]
     with tqdm(total=sum(sizes), desc=desc, unit=unit, unit_scale=size is not None, disable=None) as bar:
         if workers == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -123,9 +124,14 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
 def _parse(line_of_text: str) -> dict | None:
     try:
-        line = json.loads(line_of_text)
+        line = json.loads(line_of_text, parse_float=_finite, parse_constant=lambda _name: None)
     except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) else None

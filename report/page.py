@@ -11,9 +11,11 @@ from pathlib import Path
 from string import Template
 
 from report.text import formatted, result_rows
+from runtime.files import open_regular
 from verify.plot import COLOURS, roc_figure
 
 TEMPLATE = Path(__file__).with_name("page.html")
+_MOST_PICTURE_BYTES = 64 << 20
 
 
 def plots(report: dict, curves: dict) -> dict[str, str]:
@@ -124,8 +126,9 @@ def render(report: dict, curves: dict, contact_sheet: Path) -> str:
 
     missing = [no_plots] if no_plots else []
     sheet = ""
-    if contact_sheet.is_file() and contact_sheet.read_bytes()[:4] == b"\x89PNG":
-        sheet = f'<h2>Data</h2><img class="sheet" src="{_data_url(contact_sheet.read_bytes())}" alt="contact sheet">'
+    png = _picture(contact_sheet)
+    if png:
+        sheet = f'<h2>Data</h2><img class="sheet" src="{_data_url(png)}" alt="contact sheet">'
     elif report["task"] == "train":
         missing.append("no contact sheet of the data was made for this run")
     if not report["verification"]:
@@ -165,6 +168,16 @@ def render(report: dict, curves: dict, contact_sheet: Path) -> str:
     }
     values["missing"] = f"<h2>What is not here</h2><ul>{values['missing']}</ul>" if missing else ""
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
+
+
+def _picture(path: Path) -> bytes:
+    """A PNG file's bytes; empty where there is none that can be shown."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(_MOST_PICTURE_BYTES + 1)
+    except OSError:
+        return b""
+    return data if data[:4] == b"\x89PNG" and len(data) <= _MOST_PICTURE_BYTES else b""
 
 
 def _tiles(report: dict):

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import base64_shuffle
+from runtime.errors import DataError
 from runtime.log import Parser, run_command
 
 
@@ -24,6 +25,8 @@ def main() -> None:
     parser.add_argument("--memory_mib", type=int, default=1024, help="MiB of the set that are held at a time [1024]")
     parser.add_argument("--workers", type=int, default=None, help="processes [one a core]")
     options = parser.parse_args()
+    if not 1 <= options.memory_mib <= 1 << 30:
+        raise DataError(f"--memory_mib {options.memory_mib}: at least 1 MiB")
     memory = options.memory_mib << 20
     made = base64_shuffle.shuffle(
         options.data_dir, options.file_list, options.nranks, options.seed, memory, options.workers

@@ -5,9 +5,11 @@ A command ends with status 0, or with another one and a single line `error: ...`
 
 from __future__ import annotations
 
+import concurrent.futures.process  # noqa: F401
 import importlib
 import io
 import logging
+import multiprocessing.popen_fork  # noqa: F401  (what a case without rights cannot import)
 import os
 import signal
 import sys
