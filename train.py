@@ -9,6 +9,7 @@ import config as options
 import configs
 import report
 from runtime import log
+from runtime.errors import UserError
 
 
 def main() -> int:
@@ -37,7 +38,10 @@ def main() -> int:
             print(f"error: {stopped}", file=sys.stderr)
             return 128 + stopped.signal_number
     if world.is_main:
-        report.finish(learner.run_dir, case=config.case)
+        try:
+            report.finish(learner.run_dir, case=config.case)
+        except (UserError, OSError) as error:  # trained and saved: a full disk for its logs takes nothing from that
+            print(f"no report: {log.one_line(error)}", file=sys.stderr)
     return 0
 
 
