@@ -679,7 +679,7 @@ def test_frozen_half_weights_keep_their_fp32_value():
 def test_fp16_gradients_are_divided_by_the_scale_in_fp32():
     """2^-20 is a gradient of 2^-27 at a scale of 128: in fp16 it would become zero. What is kept is fp16's weight."""
     net = nn.Linear(1, 1, bias=False)
-    precision = Precision("fp16", Device("cpu"), scaling=LossScaling(128.0, use_dynamic_loss_scaling=False))
+    precision = Precision("fp16", CPU, scaling=LossScaling(128.0, use_dynamic_loss_scaling=False))
     optimizer = precision.prepare(net, lambda groups: torch.optim.SGD(groups, 2.0**20), [{"params": [net.weight]}])
     start = float(net.weight)
     net.weight.grad = torch.full_like(net.weight, 2.0**-20)
