@@ -66,7 +66,7 @@ def read_config(path, ranks: int) -> tuple[Config, list[str]]:
             else:
                 changes["data_path"] = value
         elif key == "network":
-            if value not in NETWORKS:
+            if not isinstance(value, str) or value not in NETWORKS:
                 raise ConfigError(f"{path}: network {value!r}: choose from {', '.join(NETWORKS)}")
             changes["net_mode"], depth = NETWORKS[value]
             changes.update({} if depth is None else {"net_depth": depth})
@@ -133,7 +133,10 @@ def _values(path: Path) -> dict[str, Any]:
             continue
         if not (isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name)):
             raise _code(path, statement)
-        values[target.attr] = _value(statement.value, values, target.value.id, path)
+        try:
+            values[target.attr] = _value(statement.value, values, target.value.id, path)
+        except RecursionError:
+            raise ConfigError(f"{path} line {statement.lineno}: is nested too deeply for a value") from None
     return values
 
 

@@ -38,7 +38,15 @@ def _pth_files() -> list:
     return [written(save()), written(save(_use_new_zipfile_serialization=False))]
 
 
-@target(_pth_files)
+def _build_without_memory() -> None:
+    """What a recognised layout does; torch imports half of itself for it the first time."""
+    from model import create_model
+
+    with torch.device("meta"):
+        create_model("iresnet", 18)
+
+
+@target(_pth_files, prepare=_build_without_memory)
 def pth(folder):
     from checkpoint import store
     from model import foreign
