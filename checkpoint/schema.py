@@ -49,6 +49,7 @@ NETWORK = {
         "l2_norm": _optional(FLAG),
         "channel_order": ORDER,
         "threshold": _optional(NUMBER),
+        "num_classes?": _optional(COUNT),
     },
 }
 TRAINING = {

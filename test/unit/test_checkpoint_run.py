@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
+import random
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import model
 from checkpoint import layout, lock, run, sharded, store
 from config import Config, replace
 from learner import Learner
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, UserError
 
 KINDS = [
     "pth",
@@ -179,6 +181,35 @@ def test_a_file_with_fields_edited_is_one_line(base, tmp_path):
         with pytest.raises(CheckpointError) as caught:
             Learner.from_config(replace(base, resume=str(tmp_path / "edited.pth")))
         assert words in str(caught.value) and str(tmp_path / "edited.pth") in str(caught.value), words
+
+
+def _places(value, at=()):
+    yield at
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from _places(value[key], (*at, key))
+
+
+ODD = [None, "x", -1, float("nan"), float("inf"), [], {}, 1 << 70, True, [1], {"a": torch.ones(1)}]
+ODD += [torch.zeros(2), torch.zeros(3, 3, dtype=torch.int64), torch.zeros(0)]
+
+
+def test_any_field_may_be_anything(base, tmp_path):
+    (path,) = checkpoints_of(trained(base))
+    state, chance = store.load_pth(path), random.Random(0)
+    places = [at for at in _places(state) if at and at[0] != "config" and at[:2] != ("meta", "versions")]
+    refused = 0
+    for at in [*(at for at in places if at[0] == "meta"), *chance.sample(places, 60)]:
+        edited = copy.deepcopy(state)
+        holder = edited
+        for key in at[:-1]:
+            holder = holder[key]
+        holder[at[-1]] = chance.choice(ODD)
+        store.save_pth(tmp_path / "edited.pth", edited)
+        try:
+            Learner.from_config(replace(base, resume=str(tmp_path / "edited.pth")))
+        except UserError:
+            refused += 1
+    assert refused > 30
 
 
 def test_a_network_alone_is_no_training(base, tmp_path):
