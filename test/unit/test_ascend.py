@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from runtime import ascend
@@ -42,6 +44,14 @@ def test_versions_that_do_not(versions, said):
 @pytest.mark.parametrize("page", ["docs/npu.md", "docs/npu_zh.md"])
 def test_the_pages_show_the_table(root, page):
     assert ascend.table() in (root / page).read_text(encoding="utf-8")
+
+
+def test_both_pages_give_the_same_commands(root):
+    def commands(page):
+        blocks = re.findall(r"```bash\n(.*?)```", (root / "docs" / page).read_text(encoding="utf-8"), re.S)
+        return [line.split("  #")[0].split() for block in blocks for line in block.splitlines()]
+
+    assert commands("npu.md") == commands("npu_zh.md") and len(commands("npu.md")) > 20
 
 
 @pytest.mark.parametrize(
