@@ -8,6 +8,7 @@ result is the same whatever the memory and the number of processes.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -30,6 +31,7 @@ _MOST_RANKS = 1 << 16
 _PIECES_A_WORKER = 4  # what a process holds of a piece or a bucket: its bytes, and the list of its lines
 _MAX_LINE = 64 << 20
 _MAX_DIGITS = 18  # of a label
+_AT_ONCE = 1024  # parts that one write takes, as systems bound it
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _TABLE = np.dtype([("at", "<i8"), ("size", "<i8"), ("count", "<i8")])  # of a piece's file: where each bucket begins
 _ENTRY = np.dtype([("key", "<u8"), ("length", "<u4")])  # of a line; packed, 12 bytes
@@ -133,12 +135,22 @@ def _divide(piece: _Piece, folder: Path, buckets: int, seed: int, label_first: b
     table["at"] = table.nbytes + np.cumsum(spans) - spans
     entries = np.zeros(len(keys), _ENTRY)
     entries["key"], entries["length"] = keys, lengths
+    written, packed = [table.tobytes()], memoryview(entries.tobytes())
     ordered = [texts[row] for row in order.tolist()]
+    for first, stop in zip(firsts[:-1].tolist(), firsts[1:].tolist()):
+        written.append(packed[first * _ENTRY.itemsize : stop * _ENTRY.itemsize])
+        written += ordered[first:stop]
     with open(folder / f"piece_{piece.number}", "wb", buffering=0) as file:
-        file.write(table.tobytes())
-        for first, stop in zip(firsts[:-1].tolist(), firsts[1:].tolist()):
-            file.write(entries[first:stop].tobytes() + b"".join(ordered[first:stop]))
+        _write_all(file.fileno(), written)
     return counts, sizes
+
+
+def _write_all(descriptor: int, parts: list) -> None:
+    """All of them at the file's position, without putting them together first."""
+    for start in range(0, len(parts), _AT_ONCE):
+        some = parts[start : start + _AT_ONCE]
+        if os.writev(descriptor, some) != sum(map(len, some)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _own_lines(piece: _Piece) -> tuple[int, bytes]:
@@ -237,7 +249,7 @@ def _write(folder: Path, pieces: int, lines: list, sizes: list, nranks: int, see
         edges = [begins[bucket], *cuts, begins[bucket + 1]]
         lengths = [sizes[bucket]]
         if cuts:
-            ordered = _load(bucket, folder, pieces).lengths
+            ordered = _load(bucket, folder, pieces)[1]
             lengths = [
                 int(ordered[start - begins[bucket] : stop - begins[bucket]].sum())
                 for start, stop in zip(edges, edges[1:])
@@ -278,43 +290,37 @@ def _draw(count: int, shortfall: int, seed: int) -> list[int]:
     return drawn
 
 
-class _Bucket(NamedTuple):
-    """A bucket's bytes, and where its lines stand in them, in the order of keys."""
-
-    data: bytearray
-    begins: np.ndarray
-    lengths: np.ndarray
-
-    def text(self, start: int, stop: int) -> bytes:
-        view = memoryview(self.data)
-        places = zip(self.begins[start:stop].tolist(), self.lengths[start:stop].tolist())
-        return b"".join([view[begin : begin + length] for begin, length in places])
-
-
-def _load(bucket: int, folder: Path, pieces: int) -> _Bucket:
-    data, entries = bytearray(), []
+def _load(bucket: int, folder: Path, pieces: int) -> tuple[list, np.ndarray]:
+    """(the lines of a bucket in the order of keys, their lengths)."""
+    lines, entries = [], []
     for number in range(pieces):
-        with open(folder / f"piece_{number}", "rb", buffering=0) as file:
-            row = os.pread(file.fileno(), _TABLE.itemsize, bucket * _TABLE.itemsize)
+        descriptor = os.open(f"{folder}/piece_{number}", os.O_RDONLY)
+        try:
+            row = os.pread(descriptor, _TABLE.itemsize, bucket * _TABLE.itemsize)
             at, size, count = np.frombuffer(row, _TABLE)[0].tolist()
-            entries.append(os.pread(file.fileno(), count * _ENTRY.itemsize, at))
-            data += os.pread(file.fileno(), size, at + count * _ENTRY.itemsize)
+            both = os.pread(descriptor, count * _ENTRY.itemsize + size, at)
+        finally:
+            os.close(descriptor)
+        entries.append(both[: count * _ENTRY.itemsize])
+        ends = np.cumsum(np.frombuffer(entries[-1], _ENTRY)["length"], dtype=np.int64) + len(entries[-1])
+        view, begin = memoryview(both), len(entries[-1])
+        for end in ends.tolist():
+            lines.append(view[begin:end])
+            begin = end
     entries = np.frombuffer(b"".join(entries), _ENTRY)
-    lengths = entries["length"].astype(np.int64)
-    begins = np.cumsum(lengths) - lengths
     order = np.argsort(entries["key"], kind="stable")
-    return _Bucket(data, begins[order], lengths[order])
+    return [lines[row] for row in order.tolist()], entries["length"][order]
 
 
 def _place(job, folder: Path, pieces: int, made: list[Path]) -> dict[int, bytes]:
     """Writes one bucket to where it belongs; the lines asked for, by their position in the bucket."""
     number, slices, wanted = job
-    bucket = _load(number, folder, pieces)
+    lines, _lengths = _load(number, folder, pieces)
     for piece in slices:
         with open(made[piece.part], "r+b", buffering=0) as file:
             file.seek(piece.offset)
-            file.write(bucket.text(piece.start, piece.stop))
-    return {row: bucket.text(row, row + 1) for row in wanted}
+            _write_all(file.fileno(), lines[piece.start : piece.stop])
+    return {row: bytes(lines[row]) for row in wanted}
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
