@@ -505,6 +505,8 @@ EXAMPLES = {
   python train.py --recipe=full_1p --data_path=./data/faces_emore
   python train.py --data_mode=synthetic --net_mode=mobilefacenet --epochs=1 --max_iter=20 --batch_size=32
   python train.py --recipe=full_1p --data_path=SET --resume          go on with the newest checkpoint
+  python train.py --list_configs                                     recipes, and what was published with them
+  python train.py --config=ms1mv3_r50 --data_path=SET                a recipe, or a config file of arcface_torch
   python train.py --data_path=SET --pth_path=WEIGHTS --is_finetune --lr=0.01
   torchrun --nproc-per-node=2 train.py --device_type=cpu --data_path=SET""",
     False: """examples:

@@ -23,7 +23,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(fn, size, *args, timeout=120, dist_timeout=60) -> list:
+def run_ranks(fn, size, *args, timeout=900, dist_timeout=300) -> list:
     """fn(world, *args) on `size` ranks -> what each returned, in rank order.
 
     fn: a function at the top of a module that a new process can import (test/workers_*.py).

@@ -130,7 +130,7 @@ def test_one_rank_is_not_wrapped_and_its_world_does_nothing():
 )
 def test_a_rank_that_dies_or_stops_is_named_by_the_others(kind, culprit, told, own):
     with pytest.raises(RuntimeError) as failed:
-        run_ranks(workers.trouble, 3, kind, culprit, timeout=60, dist_timeout=30)
+        run_ranks(workers.trouble, 3, kind, culprit, timeout=600, dist_timeout=30)
     assert own in answer(failed, culprit)
     for rank in {0, 1, 2} - {culprit}:
         assert re.search(f"runtime.errors.RankError: {told}", answer(failed, rank))
@@ -140,7 +140,7 @@ def test_a_rank_that_dies_or_stops_is_named_by_the_others(kind, culprit, told, o
 def test_a_rank_that_hangs_is_named_within_the_timeout(worker):
     fn, *arguments = worker
     with pytest.raises(RuntimeError) as failed:
-        run_ranks(fn, 3, *arguments, 1, timeout=60, dist_timeout=2)
+        run_ranks(fn, 3, *arguments, 1, timeout=600, dist_timeout=2)
     for rank in (0, 2):
         assert "runtime.errors.RankError: rank 1 hangs: see its log" in answer(failed, rank)
 

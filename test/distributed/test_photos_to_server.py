@@ -23,7 +23,7 @@ def test_four_commands(tmp_path, root, shared, monkeypatch):
 
     def run(*words):
         done = subprocess.run(
-            list(map(str, words)), cwd=root, env=environment, capture_output=True, text=True, timeout=280
+            list(map(str, words)), cwd=root, env=environment, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

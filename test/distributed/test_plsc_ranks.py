@@ -21,7 +21,7 @@ def launch(folder, task):
     environment = {**os.environ, "PLSC_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "plsc.launch", "--nproc_per_node=2", "--log_dir=log"]
     command += [str(ROOT / "test/workers_plsc.py"), str(folder), task]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_two_ranks_train_and_one_continues(tmp_path, monkeypatch, caplog):

@@ -44,7 +44,7 @@ def npu_python(root, tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=900,
             env={**os.environ, "PYTHONPATH": path, **environment},
         )
 

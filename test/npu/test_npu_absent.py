@@ -28,7 +28,7 @@ def without_cann(root, tmp_path):
         }
         del env["TORCH_DEVICE_BACKEND_AUTOLOAD"]  # a user has not set it
         return subprocess.run(
-            [str(part) for part in command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+            [str(part) for part in command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
         )
 
     return run

@@ -79,7 +79,7 @@ def test_a_lost_rank_is_named_before_the_watchdog_ends_the_process(root, tmp_pat
     started = {how: [start(how, rank, port) for port in [free_port()] for rank in range(2)] for how in said}
     try:
         for how, (waiting, _) in started.items():
-            text = waiting.communicate(timeout=200)[1]
+            text = waiting.communicate(timeout=900)[1]
             assert waiting.returncode == 1, text
             assert text.splitlines()[-1] == f"error: rank 0 waits in vain: {said[how]}"
     finally:

@@ -69,7 +69,7 @@ def launch(root, tmp_path_factory):
         ]
         env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(STUBS), **environment}
         done = subprocess.run(
-            command, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=250
+            command, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == status, done.stdout + done.stderr
         return Run(done, work)

@@ -69,7 +69,7 @@ def trained(tmp_path_factory):
         "--embedding_size", "16",
     ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/train.py"), *words], cwd=folder, capture_output=True, text=True, timeout=250
+        [sys.executable, str(ROOT / "tools/train.py"), *words], cwd=folder, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -92,7 +92,7 @@ def test_training_leaves_its_log_and_folders(trained):
 
 def run(tool, folder, *words):
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, words)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
 
 
 def test_validation_export_and_inference(trained):

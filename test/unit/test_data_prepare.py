@@ -88,9 +88,9 @@ def test_command_line(tmp_path, root):
     make_tiny_set(tmp_path, classes=2, shots=1)
     (tmp_path / "lfw.bin").unlink()
     command = [sys.executable, "-m", "tools.prepare_data", "--rec_path"]
-    done = subprocess.run([*command, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and done.stdout == "imgs: 2 images written, 0 damaged\n"
-    done = subprocess.run([*command, str(tmp_path / "no")], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, str(tmp_path / "no")], cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 

@@ -66,7 +66,7 @@ class Browser:
         return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def until(self, expression):
-        end = time.monotonic() + 30
+        end = time.monotonic() + 300
         while not (value := self.value(expression)):
             assert time.monotonic() < end, self.value("document.body.innerText")
             time.sleep(0.05)

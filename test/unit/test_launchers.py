@@ -59,7 +59,7 @@ if do == "wait":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, frame: signals.append(n))
     open(f"{folder}/ready_{rank}", "w").close()
-    end = time.time() + 60
+    end = time.time() + 600
     while not signals and time.time() < end:
         time.sleep(0.05)
     time.sleep(0.3)  # a second one would arrive now
@@ -132,7 +132,7 @@ def launch(project, script, *arguments, cwd=None, **env):
         env=environment(**env),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     return Run(project, done)
 
@@ -367,11 +367,11 @@ def test_a_signal_reaches_the_rank_once_and_there_is_no_report(project, number, 
         text=True,
         start_new_session=True,
     )
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not list(project.glob("test/output/*/ready_0")) and time.monotonic() < end:
         time.sleep(0.05)
     (os.killpg if to_group else os.kill)(running.pid, number)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=900)
     assert running.returncode == 128 + number
     assert f"signals [{number:d}]" in out and "Final" not in out
     assert f"rank 0 ended with status {128 + number}" in err
@@ -501,7 +501,7 @@ def quickstart(project, root):
     def run(*arguments, cwd=project, shell="bash"):
         return subprocess.run(
             [shell, str(project / "quickstart.sh"), *arguments],
-            cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120,
+            cwd=cwd, env=environment(), capture_output=True, text=True, timeout=900,
         )  # fmt: skip
 
     run.project = project

@@ -281,12 +281,12 @@ def test_sigterm_saves_and_leaves(base, root):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     log = f"{base.work_path}/log/metrics.jsonl"
-    end = time.time() + 120
+    end = time.time() + 600
     while time.time() < end and not (os.path.exists(log) and '"step"' in open(log).read()):
         time.sleep(0.2)
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert errors.splitlines()[-1].startswith("error: stopped by SIGTERM")
     saved = store.load_pth(store.newest(f"{base.work_path}/models"))
@@ -443,7 +443,7 @@ sys.argv = ["train.py", "--device_type=cpu", "--data_path={base.data_path}", "--
             "--tensorboard=0", "--work_path={base.work_path}"]
 log.run_command(train.main)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
         "error: cpu failed while it computed (CUDA error: unspecified launch failure): see whether nvidia-smi still "

@@ -42,7 +42,7 @@ def peaks(root):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return dict(zip(MEASURED, json.loads(done.stdout)))

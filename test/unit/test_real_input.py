@@ -43,7 +43,7 @@ def test_it_trains_a_few_steps(shared, root, tmp_path, name, batch, classes, ima
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env={**os.environ, "PYTHON": sys.executable},
     )
     assert done.returncode == 0, done.stderr

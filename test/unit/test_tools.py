@@ -39,7 +39,7 @@ def make_people(folder, people: int = 12, shots: int = 4):
 
 def run(tool, *arguments, cwd="/"):
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments), "--workers=2"]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
 
 
 def files(folder):

@@ -174,7 +174,7 @@ def test_the_command(root, folder, tmp_path):
     def command(*words):
         env = {**os.environ, "PYTHONPATH": str(root)}
         program = [sys.executable, str(root / "evaluate.py"), f"--output={tmp_path}", "--device-type=cpu", *words]
-        return subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+        return subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
 
     done = command("--pth_path=ours.pth", "--data_path=lfw.bin")
     assert done.returncode == 0, done.stderr

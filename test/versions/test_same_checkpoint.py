@@ -38,7 +38,7 @@ def _run(python, root, *arguments):
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=900,
         env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
