@@ -173,6 +173,14 @@ class Config:
     momentum: float = option(0.9, "momentum of SGD", low=0, below=1)
     weight_decay: float = option(5e-4, "weight decay of everything but batch norm", low=0)
     decay_norms: bool = option(False, "batch norms and single PReLU values decay too, as in arcface_torch and PLSC")
+    freeze: int = option(0, "parts of the backbone that stay: 1 the stem, 2 to 5 stages after it too", low=0, high=5)
+    lr_decay_by_part: float = option(
+        1.0, "factor of a part's learning rate over the next one's towards the embedding", above=0, high=1
+    )
+    class_balanced: bool = option(False, "show every class equally often, whatever its number of images")
+    augment: tuple[str, ...] = option(
+        (), "changes of training images, on the device", ("crop", "low_resolution", "photometric")
+    )
     clip_grad_norm: float = option(0.0, "largest norm of the backbone's gradient; 0 = no clipping", low=0)
     accumulate: int = option(1, "micro-batches whose gradients make one update; batch_size counts them together", low=1)
     seed: int = option(2021, "seed of weights, order, flips, dropout and samples", low=0, high=2**31 - 1)
@@ -453,7 +461,7 @@ def _problem(field: dataclasses.Field, value: Any) -> str:
         kind, values = typing.get_args(kind)[0], [] if value is None else [value]
     else:
         values = [value]
-    if rules["choices"] and value not in rules["choices"]:
+    if rules["choices"] and any(v not in rules["choices"] for v in values):
         return f"choose from {', '.join(choice for choice in rules['choices'] if choice)}"
     if kind in (int, float):
         number = numbers.Integral if kind is int else numbers.Real

@@ -19,12 +19,13 @@ from checkpoint import schema, store
 from checkpoint.run import Checkpoints, Restored, read
 from checkpoint.sharded import SaveEvery
 from config import Config
-from data import pairs
+from data import pairs, transforms
 from data.synthetic import SyntheticDataset
 from head import plan
 from head.head import MarginHead
 from head.margins import find_margin
 from model import foreign
+from model.stages import PARTS, freeze, parts_of
 from recognizer import Recognizer
 from runtime import log as runlog
 from runtime.device import Device, parse_device
@@ -101,6 +102,7 @@ class Learner:
             config.num_workers if config.num_workers >= 0 else loader_workers(self.device, world),
             config.strict_data,
             pin_memory=self.device.kind,
+            class_balanced=config.class_balanced,
         )
         self.steps_per_epoch = len(self.loader) // config.accumulate
         if not self.steps_per_epoch:
@@ -141,7 +143,13 @@ class Learner:
             momentum_dtype=DTYPES[config.momentum_dtype],
             momentum_on_host=config.momentum_on_host,
         )
-        groups = optim.parameter_groups(self.backbone, net_mode, config.weight_decay, config.decay_norms)
+        freeze(self.backbone, config.freeze)
+        rates = None
+        if config.lr_decay_by_part < 1:
+            rates = {
+                name: config.lr_decay_by_part ** (PARTS - 1 - part) for name, part in parts_of(self.backbone).items()
+            }
+        groups = optim.parameter_groups(self.backbone, net_mode, config.weight_decay, config.decay_norms, rates)
         self.optimizer = self.precision.prepare(
             self.backbone, lambda groups: optim.make_sgd(groups, config.lr, config.momentum, self.device), groups
         )
@@ -260,6 +268,7 @@ class Learner:
         config, at = self.config, self.progress
         save_every = SaveEvery(config.save_every, config.save_minutes, self.world)
         self.backbone.train()
+        freeze(self.backbone, self.config.freeze)  # batch norms that stay are not in training
         self.loader.set_position(at.epoch, at.step_in_epoch * config.accumulate)
         batches = iter(self.device.prefetch(iter(self.loader), self._to_device))
         title = f"epoch {at.epoch} of 0-{config.epochs - 1}"
@@ -333,6 +342,8 @@ class Learner:
             tensor.to(self.device.torch, non_blocking=True)
             for tensor in (batch.images_BHWC, batch.labels_B, batch.flip_B)
         )
+        if self.config.augment:
+            images = transforms.augment(images, self.config.augment)
         return self.recognizer.to_input(images, flip), labels, batch.labels_B
 
     def _log_step(self, log, bar, speed, lr, means) -> None:
@@ -429,6 +440,7 @@ class Learner:
         before = _mapped(torch.clone, {**self._state(), "head": self.head.local_state()})
         rng = self.device.rng_state()
         self.backbone.train()
+        freeze(self.backbone, self.config.freeze)  # batch norms that stay are not in training
         batches = self._endless()
         rates, losses = optim.range_test(lambda lr: float(self._train_step(batches, lr)[0]), lowest, highest, steps)
         self.head.load_local_state(before["head"])

@@ -40,13 +40,14 @@ def head_weight_decay(net_mode: str, weight_decay: float = 5e-4) -> float:
 
 
 def parameter_groups(
-    model: nn.Module, net_mode: str, weight_decay: float = 5e-4, decay_norms: bool = False
+    model: nn.Module, net_mode: str, weight_decay: float = 5e-4, decay_norms: bool = False, rates=None
 ) -> list[dict]:
     """Groups of `model`'s parameters for an optimizer: weight decay on all but batch norm's weight and bias, and on
     those too with decay_norms, as arcface_torch and PLSC have it.
 
     As in InsightFace_Pytorch, PReLU's slopes and the biases of linear layers decay with the rest. Parameters with
-    requires_grad=False are left out; OptimError where that leaves none.
+    requires_grad=False are left out; OptimError where that leaves none. rates: {name of a parameter: factor of its
+    learning rate}; a group then carries its factor as "lr_factor", which `set_lr` obeys.
     """
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORM) and not decay_norms]
     in_batch_norm = {id(p) for module in norms for p in module.parameters(recurse=False)}
@@ -61,6 +62,13 @@ def parameter_groups(
         (normal, 0.0),
     ]
     groups = [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    if rates is not None:
+        factor = {id(p): rates[name] for name, p in model.named_parameters()}
+        groups = [
+            {**group, "params": [p for p in group["params"] if factor[id(p)] == one], "lr_factor": one}
+            for group in groups
+            for one in sorted({factor[id(p)] for p in group["params"]})
+        ]
     if not groups:
         raise OptimError(f"{net_mode}: no parameter is trained: every one has requires_grad=False")
     return groups
@@ -127,7 +135,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of every group from the next step on."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def milestones(base_lr: float, epochs: Sequence[int], gamma: float = 0.1, steps_per_epoch: int = 1) -> Schedule:

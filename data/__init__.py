@@ -70,11 +70,12 @@ def build_loader(
     num_workers: int = 0,
     strict: bool = False,
     pin_memory: str = "",
+    class_balanced: bool = False,
 ):
     """A `data.loader.Loader` over one rank's share of a set: see there."""
     from data.loader import Loader  # loads torch, which the readers do without
 
-    return Loader(dataset, batch_size, rank, world_size, seed, num_workers, strict, pin_memory)
+    return Loader(dataset, batch_size, rank, world_size, seed, num_workers, strict, pin_memory, class_balanced)
 
 
 class Format(NamedTuple):

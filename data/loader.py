@@ -122,10 +122,13 @@ class Loader:
         num_workers: int = 0,
         strict: bool = False,
         pin_memory: str = "",
+        class_balanced: bool = False,
     ):
         self.dataset = dataset
         self.damaged = 0
-        self._sampler = BatchSampler(len(dataset), batch_size, rank, world_size, seed)
+        self._sampler = BatchSampler(
+            len(dataset), batch_size, rank, world_size, seed, dataset.labels if class_balanced else None
+        )
         self._positions = _Positions(self._sampler)
         self._loader = DataLoader(
             _BatchReader(dataset, strict),

@@ -20,6 +20,20 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> tuple[np.ndarray, np.
     return order, flips
 
 
+def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(order, flips) as `epoch_order`, in which every class comes equally often, give or take one: rounds of all
+    classes in a random order, each giving its next image; one that has shown all begins again."""
+    random = np.random.RandomState([seed % 2**32, epoch, 1])
+    shuffled = random.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]  # a class's images together, in a random order
+    names, first, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+    rounds = -(-len(labels) // len(names))
+    classes_RC = np.stack([random.permutation(len(names)) for _ in range(rounds)])
+    place_RC = first[classes_RC] + np.arange(rounds)[:, None] % count[classes_RC]
+    flips = np.frombuffer(random.bytes(len(labels)), np.uint8) < 128
+    return by_class[place_RC.reshape(-1)[: len(labels)]], flips
+
+
 class BatchSampler:
     """The batches of one rank.
 
@@ -28,7 +42,9 @@ class BatchSampler:
     full is dropped: every rank takes the same number of steps, and shapes stay fixed.
     """
 
-    def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0):
+    def __init__(
+        self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0, labels=None
+    ):
         if batch_size < 1:
             raise DataError(f"batch_size {batch_size}: it must be at least 1")
         self.num_images, self.batch_size, self.rank, self.world_size, self.seed = (
@@ -38,6 +54,7 @@ class BatchSampler:
             world_size,
             seed,
         )
+        self._labels = labels  # of every image, where classes are to come equally often
         self.global_batch = batch_size * world_size
         self.steps = num_images // self.global_batch
         if self.steps == 0:
@@ -55,7 +72,10 @@ class BatchSampler:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(indices int64 [b], flips bool [b]) of this rank, from `first_step` to the end of the epoch."""
-        order, flips = epoch_order(self.num_images, self.seed, epoch)
+        if self._labels is None:
+            order, flips = epoch_order(self.num_images, self.seed, epoch)
+        else:
+            order, flips = balanced_order(self._labels, self.seed, epoch)
         for step in range(first_step, self.steps):
             begin = step * self.global_batch + self.rank * self.batch_size
             yield order[begin : begin + self.batch_size], flips[begin : begin + self.batch_size]
