@@ -471,24 +471,31 @@ class Npu(_Accelerator):
         host.allowed_cores()  # counted now: when the device opens, some releases of CANN bind the process to a part
         host.raise_open_files()
         super().set()
+        self._keep_fp32()
 
     def tune(self, tf32: bool = False, autotune: bool = True) -> dict:
-        """HF32, said for matrix products and convolutions each (by default only the latter have it); fp32 kept fp32 by
-        the operators' compiler, which would else compute it in fp16 on the first chips; no private layouts, which cost
-        copies and rounding. Adds what was said to the record: "precision_mode", "internal_format"."""
-        tuned = {"tf32": False, "autotune": False}
+        """HF32, said for matrix products and convolutions each: by default only the latter have it. Adds to the record
+        what set() said: "precision_mode", "internal_format"."""
+        tuned = {"tf32": False, "autotune": False, **self._keep_fp32()}
         for products in ("matmul", "conv"):
             if hasattr(torch.npu, products):
                 # torch_npu 1.8.1 has the switches, which can be set and not read
                 getattr(torch.npu, products).allow_hf32 = tf32
                 tuned["tf32"] = tf32
+        return tuned
+
+    @staticmethod
+    def _keep_fp32() -> dict:
+        """fp32 stays fp32 in the operators' compiler, which else computes it in fp16 on the first chips; no private
+        layouts, which cost copies. Returns what this torch_npu could be told."""
+        said = {}
         if hasattr(torch.npu, "set_option"):
             torch.npu.set_option({"ACL_PRECISION_MODE": "must_keep_origin_dtype"})
-            tuned["precision_mode"] = "must_keep_origin_dtype"
+            said["precision_mode"] = "must_keep_origin_dtype"
         if hasattr(torch.npu, "config"):
             torch.npu.config.allow_internal_format = False
-            tuned["internal_format"] = False
-        return tuned
+            said["internal_format"] = False
+        return said
 
     @property
     def saturates(self) -> bool:

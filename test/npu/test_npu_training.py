@@ -125,8 +125,8 @@ def test_fp32_is_fp32_on_the_first_chips_too(npu_python, plain_cpu):
 from runtime.device import parse_device
 from small_training import SmallTraining
 npu = parse_device("npu")
-record = npu.tune()
-print(record, SmallTraining(npu).run(3).losses)
+losses = SmallTraining(npu).run(3).losses
+print(npu.tune(), losses)
 """
     done = npu_python("-c", code, NPU_SIM_FP32_AS_FP16="1", NPU_SIM_NAME="Ascend910A")
     said = {"tf32": False, "autotune": False, "precision_mode": "must_keep_origin_dtype", "internal_format": False}
