@@ -50,7 +50,7 @@ def open_folder(root, channel_order: str = "rgb", num_classes: Optional[int] = N
 def _walk(root: Path, top: Path) -> Iterator[tuple[str, list[str]]]:
     """(folder, its files) of `top` and everything below it, sorted, through links as well.
 
-    Each folder is seen once: a link to where the walk has been, or to above it, would repeat the set or never end.
+    Each folder is seen once: a link to where it has been, or to above it, would repeat the set or never end.
     """
     seen = {os.path.realpath(folder) for folder in (root, *root.resolve().parents)}
     for folder, below, files in os.walk(top, followlinks=True, onerror=_unreadable):

@@ -142,7 +142,7 @@ def _parse_index_lines(chunk: bytes, path: Path, lines_before: int) -> np.ndarra
 class RecordIOReader:
     """Random access to the records of a `.rec` by key. Memory-mapped; may be forked and pickled.
 
-    rec_path: the file of records. idx_path: its index; without one the records are found by walking through the file
+    rec_path: the file of records. idx_path: its index; without one the records are found by reading through the file
     and get the keys 0, 1, 2 ...
     Raises DataError when the files do not fit each other: an index past the end, a cut-off file, a wrong magic word.
     """

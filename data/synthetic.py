@@ -226,6 +226,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.output:
+        raise DataError("--output is empty: name a folder (is a variable of your shell not set?)")
     from tqdm import tqdm
 
     total = max(0, args.identities * args.images_per_identity + args.verify_identities * args.verify_images)

@@ -267,8 +267,8 @@ class HeadPlan:
     def most_classes(self, device_memory: float, host_memory: float) -> int:
         """How many classes would fit, to three digits."""
         fits, too_many = self.world_size, None
-        while too_many is None or too_many / fits > 1.001:
-            middle = fits * 2 if too_many is None else math.isqrt(fits * too_many)
+        while too_many is None or too_many / fits > 1.001 and too_many - fits > 1:
+            middle = fits * 2 if too_many is None else max(fits + 1, math.isqrt(fits * too_many))
             plan = replace(self, classes=middle)
             if plan.fits(device_memory, host_memory) and middle < 2**40:
                 fits = middle
@@ -330,6 +330,9 @@ def parse_size(text: str) -> int:
     return int(number * (1024 if match.group(3) else 1000) ** power)
 
 
+_MOST = 1 << 20  # of ranks, numbers of an embedding, images, passes
+
+
 def main(argv=None) -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--classes", type=float, required=True, help="how many, such as 100e6")
@@ -346,8 +349,8 @@ def main(argv=None) -> None:
         parser.add_argument(f"--{name}_rate", type=float, default=value, help="a second, for the floor [%(default)g]")
     options = parser.parse_args(argv)
     for name in ("world_size", "embedding_size", "batch_size", "accumulate"):
-        if getattr(options, name) < 1:
-            raise ModelError(f"--{name} {getattr(options, name)}: must be at least 1")
+        if not 1 <= getattr(options, name) <= _MOST:
+            raise ModelError(f"--{name} {getattr(options, name)}: must be at least 1 and at most {_MOST:,}")
     if not max(2, options.world_size) <= options.classes < 2**40:
         raise ModelError(f"--classes {options.classes:g}: must be at least 2 and one a rank, and below 2^40")
     if not 0 < options.sample_rate <= 1:

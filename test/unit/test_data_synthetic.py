@@ -147,9 +147,10 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", arguments)
         synthetic.main()
         assert expected in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*arguments, "--identities=0"])
-    with pytest.raises(DataError, match="^a synthetic set needs"):
-        synthetic.main()
+    for wrong, words in (("--identities=0", "a synthetic set needs"), ("--output=", "--output is empty")):
+        monkeypatch.setattr(sys, "argv", [*arguments, wrong])
+        with pytest.raises(DataError, match=f"^{words}"):
+            synthetic.main()
 
 
 def test_where_and_how_much(tmp_path, monkeypatch):

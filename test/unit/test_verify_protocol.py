@@ -128,7 +128,7 @@ def broken(value):
     (broken(9), [True] * 20, 10, "pair 3 is 81 apart, .*: normalise"),
     (np.zeros(20), [True] * 10, 10, "expected"),
     (pairs_at(*[0] * 10), np.ones((10, 1)), 10, "one bool a pair"),
-    (pairs_at(*[0] * 10), [True] * 9 + [[True, False]], 10, "one a pair"),
+    (pairs_at(*[0] * 10), [True] * 9 + [[True, False]], 10, "one a pair|other than true"),
     (pairs_at(*[0] * 10), [0, 1] * 4 + [2, 3], 10, "other than true and false"),
     (pairs_at(*[0] * 10), [True] * 9 + [float("nan")], 10, "other than true and false"),
 ])  # fmt: skip
