@@ -380,6 +380,8 @@ def test_auto_takes_the_quickest_that_agrees(monkeypatch):
 @pytest.mark.parametrize("products", ["in float32", "in float16"])
 def test_a_whole_batch_on_one_wrong_center_stays_in_range(products, monkeypatch):
     """The largest sums that there can be: 4,096 images on one wrong center, by float16 operands."""
+    if products == "in float16" and not hasattr(torch, "autocast"):
+        pytest.skip("torch 1.8 sums half precision products on a CPU in half precision, which no accelerator does")
     monkeypatch.setattr(chunked, "operand_dtype", lambda wanted, device, dtype: wanted)
     if products == "in float32":
         monkeypatch.setattr(chunked, "_product", lambda a, b, out: out.copy_(a.float() @ b.float()))
