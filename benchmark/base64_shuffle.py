@@ -2,7 +2,8 @@
 
 python -m benchmark.base64_shuffle --megabytes 1300 --memory_mib 64 --output benchmark/results/NAME.json
 
-Both make the same kind of output from the same random list, one after the other in one run. The peak of resident memory
+A limit below twice the set's size makes it two passes over the disk; with a larger one it stays in memory. Both make
+the same kind of output from the same random list, one after the other in one run. The peak of resident memory
 is that of this process and of its largest worker, added up over the workers.
 """
 
@@ -106,6 +107,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "cores": cores(),
+        "load_average": round(os.getloadavg()[0], 1),  # of other work too: above the cores the machine is busy
         "megabytes": options.megabytes,
         "lines": lines,
         "memory_limit_mib": options.memory_mib,

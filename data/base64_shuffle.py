@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -82,6 +83,9 @@ def shuffle(
             f"{root}: shuffling {total / 1e9:.2f} GB needs twice as much of the disk, and {free / 1e9:.2f} GB are free"
         )
     workers = processes(workers)
+    if 2 * total <= memory:
+        with _scratch(root) as scratch:
+            return _publish(root, list_path, _write_at_once(scratch, parts, nranks, seed, label_first, workers))
     unit = max(1, memory // (_PIECES_A_WORKER * workers))
     with _scratch(root) as scratch:
         buckets = -(-total // unit)
@@ -110,16 +114,7 @@ def _pieces(parts: list[Path], unit: int) -> list[_Piece]:
 def _divide(piece: _Piece, folder: Path, buckets: int, seed: int, label_first: bool) -> tuple[np.ndarray, np.ndarray]:
     """Writes the piece's lines to `folder` in the order of their keys, before them for each bucket where its lines
     begin. How many lines, and how many bytes of them, went into each bucket."""
-    begin, data = _own_lines(piece)
-    ends = _plain(data, label_first)
-    if ends is not None:
-        view, starts = memoryview(data), np.concatenate([[0], ends[:-1]])
-        texts = [view[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
-    else:
-        lines = data.split(b"\n")
-        starts = np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])[:-1]]).astype(np.int64)
-        texts = [_checked(*one, label_first, piece.path) for one in zip(lines, (begin + starts).tolist())]
-    keys = _keys(seed, piece.part, (begin + starts).astype(np.uint64))
+    texts, keys = _keyed(piece, seed, label_first)
     lengths = np.fromiter(map(len, texts), np.uint32, len(texts))
     order = np.argsort(keys, kind="stable")
     order = order[lengths[order] > 0]
@@ -143,6 +138,20 @@ def _divide(piece: _Piece, folder: Path, buckets: int, seed: int, label_first: b
     with open(folder / f"piece_{piece.number}", "wb", buffering=0) as file:
         _write_all(file.fileno(), written)
     return counts, sizes
+
+
+def _keyed(piece: _Piece, seed: int, label_first: bool) -> tuple[list, np.ndarray]:
+    """(the lines of a piece, a blank one as nothing; their keys)."""
+    begin, data = _own_lines(piece)
+    ends = _plain(data, label_first)
+    if ends is not None:
+        view, starts = memoryview(data), np.concatenate([[0], ends[:-1]])
+        texts = [view[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
+    else:
+        lines = data.split(b"\n")
+        starts = np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])[:-1]]).astype(np.int64)
+        texts = [_checked(*one, label_first, piece.path) for one in zip(lines, (begin + starts).tolist())]
+    return texts, _keys(seed, piece.part, (begin + starts).astype(np.uint64))
 
 
 def _write_all(descriptor: int, parts: list) -> None:
@@ -280,6 +289,31 @@ def _write(folder: Path, pieces: int, lines: list, sizes: list, nranks: int, see
         with open(made[at // length], "ab") as file:
             file.write(texts[source])
     return made
+
+
+def _write_at_once(
+    folder: Path, parts: list[Path], nranks: int, seed: int, label_first: bool, workers: int
+) -> list[Path]:
+    """The output parts, in `folder`, of a set that fits into memory: the same as in two passes."""
+    unit = max(1, sum(part.stat().st_size for part in parts) // (4 * workers))
+    with ThreadPoolExecutor(workers) as threads:  # reading and writing need no interpreter
+        keyed = list(threads.map(partial(_keyed, seed=seed, label_first=label_first), _pieces(parts, unit)))
+        texts = [text for lines, _keys_of in keyed for text in lines]
+        order = np.argsort(np.concatenate([keys for _lines, keys in keyed]), kind="stable") if keyed else []
+        ordered = [texts[row] for row in order if texts[row]]
+        if not ordered:
+            raise DataError("the list's part files hold no line")
+        length = -(-len(ordered) // nranks)
+        ordered += [ordered[row] for row in _draw(len(ordered), length * nranks - len(ordered), seed)]
+        made = [folder / f"base64_rank_{rank}" for rank in range(nranks)]
+        shares = [ordered[rank * length : (rank + 1) * length] for rank in range(nranks)]
+        list(threads.map(_write_part, made, shares))
+    return made
+
+
+def _write_part(path: Path, lines: list) -> None:
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file.fileno(), lines)
 
 
 def _draw(count: int, shortfall: int, seed: int) -> list[int]:
