@@ -44,7 +44,7 @@ from mutations import Sample, header_bits, mutated, with_flipped_bit  # noqa: E4
 
 from runtime.errors import LINE_LENGTH, UserError  # noqa: E402
 
-FINDINGS = HERE / "findings"
+FINDINGS = HERE / "findings"  # of targets called NAME_real outside of the repository: they hold people's faces
 CPU_SECONDS = 10  # for a case; of the process, so that a busy machine changes nothing
 WAIT_SECONDS = 5  # asleep so long without computing anything: waits for ever
 MEMORY_BYTES = 1 << 30  # beyond what the process had before the case
@@ -415,9 +415,10 @@ def fuzz(case_target: Target, count: int, seed: int, first: int = 0, keep: Optio
         if outcome.is_finding and signature not in tally["findings"]:
             case, path = cases(index), None
             if keep is not None:
+                folder = keep if not case_target.name.endswith("_real") else ROOT / "test" / "output" / "fuzz"
                 text = case.to_json()
                 name = f"{outcome.kind}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-                path = keep / case_target.name / name
+                path = folder / case_target.name / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
             tally["findings"][signature] = f"case {index}: {outcome.detail}" + (f" ({path})" if path else "")
