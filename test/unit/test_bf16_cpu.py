@@ -73,6 +73,7 @@ def bf16_is_here():
 
 
 @pytest.mark.parametrize("policy", BF16)
+@pytest.mark.slow
 def test_embeddings_are_near_those_of_fp32(base, trained, policy):
     faces = np.random.RandomState(0).randint(0, 256, (12, 112, 112, 3)).astype(np.uint8)
     emb_ND = {}
@@ -85,6 +86,7 @@ def test_embeddings_are_near_those_of_fp32(base, trained, policy):
 
 
 @pytest.mark.parametrize("policy", BF16)
+@pytest.mark.slow
 def test_verification_decides_as_fp32_does_but_for_the_pairs_at_the_threshold(base, trained, tiny, tmp_path, policy):
     found = {}
     for name in ("O0", policy):
@@ -99,6 +101,7 @@ def test_verification_decides_as_fp32_does_but_for_the_pairs_at_the_threshold(ba
 
 
 @pytest.mark.parametrize("policy", BF16)
+@pytest.mark.slow
 def test_training_follows_fp32(base, trained, tmp_path, policy):
     """The same batches from the same weights: first the same loss but for rounding, then learning beside fp32."""
     config = replace(base, opt_level=policy, work_path=str(tmp_path))

@@ -49,6 +49,7 @@ def base(tmp_path, hdfs):
 
 
 @pytest.mark.parametrize("checkpoint", ["pth", "sharded"])
+@pytest.mark.slow
 def test_another_machine_goes_on_from_the_store(base, tmp_path, checkpoint, monkeypatch):
     if checkpoint == "sharded" and not sharded.available():
         pytest.skip("sharded checkpoints need torch 2.3")

@@ -50,6 +50,7 @@ def test_parameter_counts(net_mode, net_depth, count):
 
 
 @pytest.mark.parametrize("net_mode, net_depth", SMALLEST)
+@pytest.mark.slow
 def test_output_is_that_of_the_plain_formulation(net_mode, net_depth):
     net = randomise_(create_model(net_mode, net_depth, embedding_size=32, l2_norm=False, dtype=torch.float64)).eval()
     x_BCHW = images(2)
@@ -79,6 +80,7 @@ def test_float32_is_as_near_to_float64_as_the_plain_formulation_is(net_mode, net
 @pytest.mark.parametrize(
     "net_mode, net_depth", [("ir_se", 18), ("iresnet", 18), ("mobilefacenet", None), ("mbf", None)]
 )
+@pytest.mark.slow
 def test_gradients_are_those_of_the_plain_formulation(net_mode, net_depth):
     dropout = None if net_depth is None else 0.0
     net = randomise_(create_model(net_mode, net_depth, 8, dropout=dropout, l2_norm=False, dtype=torch.float64))
