@@ -182,3 +182,14 @@ def test_into_a_training_checkpoint_of_which_all_else_stays(tmp_path):
         calibration.write_calibration(foreign, tmp_path / "bare.pth", result)
     calibration.write_calibration(foreign, tmp_path / "bare.pth", result, output=tmp_path / "ours.pth")
     assert load_recognizer(tmp_path / "ours.pth", "cpu")[1].calibration == result.as_dict()
+
+
+def test_on_the_cpu_the_fastest_way_is_near_enough(tmp_path):
+    from deploy.backends import load_recognizer
+    from recognizer import Recognizer
+
+    path = Recognizer.create("mobilefacenet", embedding_size=64, device="cpu").save(tmp_path / "model.pth")
+    images = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)
+    exact, (_, fast) = Recognizer.load(path, "cpu"), load_recognizer(path, "cpu")
+    assert fast.fingerprint == exact.fingerprint
+    assert (exact.embed(images) * fast.embed(images)).sum(1).min() > 0.999
