@@ -63,13 +63,6 @@ class BatchSampler:
                 f"of {num_images}: choose a batch size of at most {num_images // world_size}"
             )
 
-    def step_after(self, images: int) -> int:
-        """The step to continue at when `images` of an epoch's order were trained on, by batches of another size.
-
-        No image is left out: where the batches do not meet, the last one's first images come a second time.
-        """
-        return min(images // self.global_batch, self.steps)
-
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(indices int64 [b], flips bool [b]) of this rank, from `first_step` to the end of the epoch."""
         if self._labels is None:

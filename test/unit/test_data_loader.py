@@ -297,11 +297,3 @@ def test_a_worker_that_is_killed_is_one_line():
     with pytest.raises(DataError, match="a loader process is gone .*Lower --num_workers and resume"):
         for _batch in batches:
             pass
-
-
-def test_where_to_go_on_with_another_batch_size():
-    """No image of the rest of the epoch is lost, and what comes twice is less than a batch."""
-    for images, batch, ranks in ((960, 32, 1), (960, 24, 2), (960, 7, 1), (0, 5, 3), (1000, 5, 1)):
-        sampler = BatchSampler(1000, batch, 0, ranks)
-        step = sampler.step_after(images)
-        assert 0 <= images - step * batch * ranks < batch * ranks or step == sampler.steps
