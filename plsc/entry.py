@@ -452,11 +452,29 @@ class Entry:
                     else:
                         log.info("%s: its class centers are not taken: it has others or none", path)
                 else:
-                    trainer.resume(str(path))
+                    self._continue(trainer, path, world)
                 log.info("loaded %s", path)
             trainer.train()
             self.has_run_train, self.train_pass_id = True, self.train_epochs - 1
             self._recognizer = trainer.recognizer
+
+    def _continue(self, trainer, path: Path, world) -> None:
+        """All of the checkpoint's training; of one with another number of classes the network alone."""
+        from checkpoint import run
+
+        path, state = run.read(path, world)
+        meta = state.get("meta", {})
+        if meta.get("num_classes") in (None, trainer.dataset.num_classes):
+            trainer.resume(str(path))
+            return
+        try:
+            trainer.recognizer.load_state_dict(state["model"])
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: is not of {trainer.recognizer.name}: {one_line(error)}") from None
+        log.info(
+            "%s: has %s classes and this training %d: its class centers are not taken",
+            path, meta["num_classes"], trainer.dataset.num_classes,
+        )  # fmt: skip
 
     def test(self, pass_id: int = 0) -> None:
         """Verifies the network of this process's training, or of checkpoint_dir, on val_targets."""

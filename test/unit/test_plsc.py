@@ -271,6 +271,14 @@ def test_setters_example_and_continuing(small, monkeypatch, caplog):
     assert "Pass:1 batch:0" in caplog.text and "Pass:0" not in caplog.text
     assert re.search(r"qps:\S+ acc1:\d\.\d{6} acc5:\d\.\d{6}$", caplog.text, re.MULTILINE)
     assert entry.has_run_train and entry.train_pass_id == 1
+    entry = Entry()
+    entry.set_class_num(CLASSES + 2)
+    entry.set_checkpoint_dir("output/0")
+    entry.set_model_save_dir("tuned")
+    caplog.clear()
+    entry.train()
+    assert "has 4 classes and this training 6: its class centers are not taken" in caplog.text
+    assert "Pass:0 batch:0" in caplog.text
 
 
 def test_mixed_precision_example(small, monkeypatch):
