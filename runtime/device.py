@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime import ascend, host
-from runtime.captured import Captured
 from runtime.errors import DeviceError
 
 if __name__ == "__main__":
@@ -460,6 +459,8 @@ class Npu(_Accelerator):
         record = getattr(torch.npu, "make_graphed_callables", None)
         if record is None or self.missing_for_compiling() is None:
             return super().compiled(module)
+        from runtime.captured import Captured  # loads torch, which has to come after what stands at this file's top
+
         return Captured(module, self, record)
 
     def layout(self, name: str = "auto") -> torch.memory_format:
