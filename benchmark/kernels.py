@@ -33,17 +33,17 @@ def variants(width: int, capability: int) -> list:
     """[(kernel's name, {argument: type}, constants, options)]"""
     from head.ops import triton_kernels as kernels
 
-    tiles = [
-        (dict(tile.kwargs), dict(num_warps=tile.num_warps, num_stages=tile.num_stages))
-        for tile in kernels.without_spills(kernels.TILES, capability)
-    ]
-    halves, both = ("fp16", "bf16"), (False, True)
-    found = []
-    for half, flag, (tile, options) in itertools.product(halves, both, tiles):
+    def tiles(longest, flags):
+        for tile in kernels.without_spills(kernels.TILES, capability, longest, flags):
+            yield {**flags, **tile.kwargs}, dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+    halves, both, found = ("fp16", "bf16"), (False, True), []
+    for half, flag in itertools.product(halves, both):
         types = {"left": f"*{half}", "right": f"*{half}"}
         for learn in both:
-            found.append(("scan_kernel", types, dict(LEARN=learn, FILTER=flag, TOP5=flag, **tile), options))
-        found.append(("gradient_kernel", types, dict(FILTER=flag, MEMBER=flag, **tile), options))
+            flags = dict(LEARN=learn, FILTER=flag, TOP5=flag)
+            found += [("scan_kernel", types, *tile) for tile in tiles("BLOCK_B", flags)]
+        found += [("gradient_kernel", types, *tile) for tile in tiles("BLOCK_K", dict(FILTER=flag, MEMBER=flag))]
     for half, stored, flag in itertools.product(halves, ("fp32", "bf16"), both):
         types = {"weight": f"*{stored}", "unit": f"*{half}"}
         found.append(("unit_rows_kernel", types, dict(GATHER=flag, NORMALISE=not flag), dict(num_warps=1)))

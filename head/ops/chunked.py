@@ -29,7 +29,7 @@ import torch
 from head.ops import FirstPass, HeadOp, Kept, accumulate_dtype, full_precision, inverse_of, target_values
 
 # Bytes of a chunk's buffers: on a CPU they should stay in the cache, an accelerator wants large products.
-CHUNK_BYTES = {"cpu": 4 * 2**20}
+CHUNK_BYTES = {"cpu": 8 * 2**20}
 CHUNK_BYTES_ACCELERATOR = 256 * 2**20
 
 

@@ -20,14 +20,20 @@ TILES = [
 STATE = ["top", "total", "best", "better", "out"]  # trying a tile must not count
 
 
-def without_spills(tiles, capability: int) -> list:
-    """Those that need no more registers than there are (benchmark/results/*_kernels.json)."""
+def without_spills(tiles, capability: int, longest: str, flags: dict) -> list:
+    """Those that need no more registers than there are (benchmark/results/*_kernels.json). longest: the side of the
+    tile whose sums a kernel holds. flags: the kernel's constants."""
+    if any(flags.get(name) for name in ("FILTER", "TOP5", "MEMBER")):
+        tiles = [tile for tile in tiles if tile.kwargs[longest] < 64]
     return [tile for tile in tiles if capability < 100 or tile.kwargs["BLOCK_B"] < 64]
 
 
-def _prune(tiles, arguments, **_):
-    major, minor = torch.cuda.get_device_capability(arguments["left"].device)
-    return without_spills(tiles, 10 * major + minor)
+def _prune(longest):
+    def prune(tiles, arguments, **flags):
+        major, minor = torch.cuda.get_device_capability(arguments["left"].device)
+        return without_spills(tiles, 10 * major + minor, longest, flags)
+
+    return {"early_config_prune": prune}
 
 
 @triton.jit
@@ -39,8 +45,8 @@ def _dot(a, b, WIDEN: tl.constexpr):
 
 @triton.autotune(
     TILES,
-    key=["B", "WIDTH", "LEARN"],
-    prune_configs_by={"early_config_prune": _prune},
+    key=["B", "WIDTH", "LEARN", "FILTER", "TOP5"],
+    prune_configs_by=_prune("BLOCK_B"),
     restore_value=STATE,
     cache_results=True,
 )
@@ -128,7 +134,7 @@ def scan_kernel(
         tl.store(out_P, out_BD, mask=mask_BD)
 
 
-@triton.autotune(TILES, key=["B", "WIDTH"], prune_configs_by={"early_config_prune": _prune}, cache_results=True)
+@triton.autotune(TILES, key=["B", "WIDTH", "FILTER", "MEMBER"], prune_configs_by=_prune("BLOCK_K"), cache_results=True)
 @triton.jit
 def gradient_kernel(
     left,

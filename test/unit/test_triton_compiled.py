@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def test_the_record_is_of_these_kernels_and_names_no_spill(root):
-    """All variants and tiles at the default width; `python -m benchmark.kernels` makes it anew."""
+    """Variants and tiles at the default width; `python -m benchmark.kernels` makes it anew."""
     from runtime import files
 
     record = json.loads(sorted((root / "benchmark" / "results").glob("*_kernels.json"))[-1].read_text())
