@@ -390,6 +390,6 @@ def test_mutated_requests_get_an_answer(started):
     """The short form of test/fuzz/mutated_requests.py."""
     from fuzz.mutated_requests import run
 
-    server = started(timeout=0.3)
-    counts = run(server.port, cases=250, seed=1, dimension=3)
-    assert sum(counts.values()) == 250 and counts["200"] > 10
+    server = started(timeout=3.0)  # short enough for bodies that never come, long for a busy machine
+    counts = run(server.port, cases=100, seed=1, dimension=3)
+    assert sum(counts.values()) == 100 and counts["200"] > 10
