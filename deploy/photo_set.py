@@ -61,6 +61,8 @@ def align_folder(source, target, settings: Settings = Settings(), workers: int =
     open_detector(settings.det_model, settings.det_thresh)  # a wrong one is said once, not by every process
     target.mkdir(parents=True, exist_ok=True)
     record_path = target / RECORD
+    if os.path.lexists(record_path) and not os.path.isfile(record_path):
+        raise DataError(f"{record_path}: is there and is no file: remove it, or choose another --output")
     known = _read_record(record_path)
     todo = [
         photo for photo in list_photos(source) if not _done(known.get(str(photo)), source / photo, target, settings)
