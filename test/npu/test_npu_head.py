@@ -107,3 +107,34 @@ assert torch.ops.npu_sim.opened() == [1], torch.ops.npu_sim.opened()
 """
     done = npu_python("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kw", [{}, dict(sample_rate=0.3), dict(dtype=torch.bfloat16, momentum_dtype=torch.int8)])
+def test_no_step_waits_for_the_device(kw):
+    """What asks a device for a value is counted: nothing may, with the labels in host memory."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    asked = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"):
+                asked.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    head = MarginHead(300, 16, device=torch.device("npu:0"), operand=torch.float16, **kw)
+    emb_BD = torch.randn(8, 16).to("npu:0").requires_grad_()
+    labels_B = torch.arange(8)
+    scale = torch.tensor(1 / 128, device="npu:0")
+
+    def step():
+        head.prepare(labels_B)
+        head(emb_BD, on_device_B).loss.backward()
+        head.step(0.1, scale, head.found_inf())
+
+    on_device_B = labels_B.to("npu:0")
+    step()  # the first one looks what the device has
+    with Counting():
+        # the labels in host memory are looked at there, twice: smallest and largest
+        step()
+    assert asked.count("_local_scalar_dense") == len(asked) == 2, asked
