@@ -34,7 +34,7 @@ SCALES = (
 
 def numerics(options) -> list:
     tests = ["test/unit/test_triton.py", "test/unit/test_ops.py"]
-    only = ["-k", "sampled_rows or float16"] if options.tiny else []
+    only = ["-k", "sampled or float16"] if options.tiny else []
     return [[sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests, *only]]
 
 

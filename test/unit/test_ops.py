@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from head_tools import loss_and_gradients, rows_gradient
 
 from head import margins
-from head.centers import Centers
-from head.ops import LossSpec, choose, chunked, find_op, margin_loss
+from head.ops import LossSpec, Rows, accumulate_dtype, choose, chunked, find_op, inverse_of, margin_loss
 from head.ops.choose import choose_op
 from head.ops.reference import eager_loss
 from runtime.dist import ALONE
 from runtime.errors import ModelError
-from runtime.shard import RowShard
 
 pytestmark = pytest.mark.core
 
@@ -49,10 +47,8 @@ def problem(batch=6, classes=13, dim=7, dtype=torch.float64, seed=0):
 
 
 def make_rows(weight_CD, normalise=True):
-    centers = Centers(RowShard.of(weight_CD.shape[0]), weight_CD.shape[1], dtype=weight_CD.dtype, normalise=normalise)
-    centers.weight.copy_(weight_CD)
-    centers.measure()
-    return centers.rows()
+    length_C = weight_CD.to(accumulate_dtype(weight_CD.dtype)).norm(dim=1)
+    return Rows(weight_CD.clone(), inverse_of(length_C) if normalise else None)
 
 
 def run(op, emb_BD, weight_CD, label_B, grad_B=None, **spec):
