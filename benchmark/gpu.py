@@ -39,7 +39,7 @@ def numerics(options) -> list:
 
 
 def head(options) -> list:
-    command = [*module("head", options), *peer(options)]
+    command = [*module("head", options), *baseline(options)]
     if options.tiny:
         return [[*command, "--classes=3000", "--batch_size=8", "--embedding_size=32", "--repeats=1", "--ways=chunked"]]
     return [
@@ -58,7 +58,7 @@ def head(options) -> list:
 
 
 def step(options) -> list:
-    command = [*module("step", options), *peer(options)]
+    command = [*module("step", options), *baseline(options)]
     if options.tiny:
         small = ["--nets=mobilefacenet", "--batches=2", "--head=50", "--fast=default", "--rounds=1", "--steps=1"]
         return [[*command, *small]]
@@ -127,8 +127,8 @@ def module(name, options, device=True) -> list:
     return [*command, "--device", options.device] if device else command
 
 
-def peer(options) -> list:
-    return ["--peer", options.peer] if options.peer else []
+def baseline(options) -> list:
+    return ["--baseline", options.baseline] if options.baseline else []
 
 
 def run(command, seconds) -> dict:
@@ -159,7 +159,7 @@ def main(argv=None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together [%(default)g]")
     parser.add_argument("--part", default=",".join(PARTS), help="some of them, joined by commas [%(default)s]")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--peer", default="", help="folder of arcface_torch; without it ours alone")
+    parser.add_argument("--baseline", default="", help="folder of arcface_torch; without it ours alone")
     parser.add_argument("--data_path", default="", help="training set for the loader")
     parser.add_argument("--work", default="work_space/gpu", help="folder of the checkpoints of the part scale")
     parser.add_argument("--output", default=str(RESULTS), help="folder of the records")
@@ -175,9 +175,9 @@ def main(argv=None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    if options.peer and not Path(options.peer).is_dir():
-        sys.stdout.write(f"{options.peer}: no such folder, ours alone is measured\n")
-        options.peer = ""
+    if options.baseline and not Path(options.baseline).is_dir():
+        sys.stdout.write(f"{options.baseline}: no such folder, ours alone is measured\n")
+        options.baseline = ""
     if importlib.util.find_spec("pytest") is None:
         wanted = [name for name in wanted if name != "numerics"]
     Path(options.work).mkdir(parents=True, exist_ok=True)

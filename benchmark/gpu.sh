@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What to measure on the day that a GPU is lent, in the order of its value:
+# What to measure on the first day with a GPU, in the order of its value:
 #
-#   bash benchmark/gpu.sh [--minutes=9] [--part=numerics,head,step,scale,loader] [--peer=FOLDER_OF_ARCFACE_TORCH]
+#   bash benchmark/gpu.sh [--minutes=9] [--part=numerics,head,step,scale,loader] [--baseline=FOLDER_OF_ARCFACE_TORCH]
 #
 # Each part has a time limit of its own, writes its record as it goes, and can be asked for alone. --device=cpu --tiny runs
 # all of it small, to see that nothing trivial is broken.

@@ -1,16 +1,16 @@
 """The head's step: its four products alone, eager reference, chunked, Triton's kernels, a plain Partial FC.
 
     python -m benchmark.head [--device cpu] [--classes 1000000] [--batch_size 128] [--embedding_size 512]
-    python -m benchmark.head --sweep [--device cuda --peer FOLDER_OF_ARCFACE_TORCH]
+    python -m benchmark.head --sweep [--device cuda --baseline FOLDER_OF_ARCFACE_TORCH]
 
 Each case runs in a process of its own: seconds of a step (forward, backward and update of the centers; the best of
 --repeats after a warm-up; on a CPU the process's own seconds on all its threads beside the clock's, as a busy machine
 moves only the latter), and the peak memory above the state (centers and momentum). --sweep goes over classes and sample
-rates instead: a step's time should follow the sampled rows, not the classes; --peer runs arcface_torch's PartialFC_V2
-and its torch.optim.SGD beside (on cuda). Beside the cases stand the two ceilings, measured first in the same run: the
-rates of a large matrix product and of a copy, and each step's share of them by what `head.plan` counts. A case that
-needs more memory than there is now is left out, and says so. Every run writes a dated file with hardware and versions
-to benchmark/results/.
+rates instead: a step's time should follow the sampled rows, not the classes; --baseline runs arcface_torch's
+PartialFC_V2 and its torch.optim.SGD beside (on cuda). Beside the cases stand the two ceilings, measured first in the
+same run: the rates of a large matrix product and of a copy, and each step's share of them by what `head.plan` counts.
+A case that needs more memory than there is now is left out, and says so. Every run writes a dated file with hardware
+and versions to benchmark/results/.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ WAYS = {
 }
 
 
-def ways_of(kind: str, sweep: bool, peer) -> list:
+def ways_of(kind: str, sweep: bool, baseline) -> list:
     quickest = "triton" if kind == "cuda" else "chunked"
     if sweep:
-        return [quickest, "plain Partial FC", *(["arcface_torch"] if peer else [])]
+        return [quickest, "plain Partial FC", *(["arcface_torch"] if baseline else [])]
     return [way for way in WAYS if kind == "cuda" or not way.startswith("triton")]
 
 
@@ -96,7 +96,7 @@ def build(case, device):
     if case["way"] == PRODUCTS:
         return build_products(case, device), 4 * classes * dim
     if case["way"] == "arcface_torch":
-        return build_peer(case, device), classes * dim * (8 if case["momentum"] else 4)
+        return build_baseline(case, device), classes * dim * (8 if case["momentum"] else 4)
     head = MarginHead(
         classes,
         dim,
@@ -140,10 +140,10 @@ def build_products(case, device):
     return step
 
 
-def build_peer(case, device):
-    from benchmark.step import peer_modules
+def build_baseline(case, device):
+    from benchmark.step import baseline_modules
 
-    _, losses, partial_fc = peer_modules(Path(case["peer"]), device, True)
+    _, losses, partial_fc = baseline_modules(Path(case["baseline"]), device, True)
     margin = losses.CombinedMarginLoss(64, 1.0, 0.5, 0.0, 0)
     head = partial_fc.PartialFC_V2(margin, case["embedding_size"], case["classes"], case["sample_rate"], True)
     head.train().to(device.torch)
@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--momentum_dtype", default="float32")
     parser.add_argument("--momentum_on_host", action="store_true")
-    parser.add_argument("--peer", help="a folder with arcface_torch, whose Partial FC is run beside (cuda only)")
+    parser.add_argument("--baseline", help="a folder with arcface_torch, whose Partial FC is run beside (cuda only)")
     parser.add_argument("--accumulate", type=int, default=1, help="forward passes an update")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="instead of all")
     parser.add_argument("--repeats", type=int, default=3)
@@ -316,7 +316,7 @@ def main() -> None:
             "dtype",
             "momentum_dtype",
             "momentum_on_host",
-            "peer",
+            "baseline",
             "accumulate",
             "repeats",
             "threads",
@@ -326,7 +326,7 @@ def main() -> None:
     shared["ceilings"] = ceilings(device)
     classes = options.classes or ([1e5, 1e6, 1e7] if options.sweep else [1e6])
     rates = options.sample_rate or ([1.0, 0.1, 0.01] if options.sweep else [1.0])
-    ways = options.ways or ways_of(device.kind, options.sweep, options.peer)
+    ways = options.ways or ways_of(device.kind, options.sweep, options.baseline)
     sys.stdout.write(
         f"{'way':<24}{'classes':>12}{'rate':>7}{'sampled':>12}{'seconds':>10}{'cpu s':>10}{'state MB':>11}"
         f"{'above it MB':>12}{'matmul':>8}{'copy':>6}{'loss':>10}\n"
@@ -342,7 +342,7 @@ def main() -> None:
                 sys.stdout.flush()
                 name = f"head_{'sweep_' if options.sweep else ''}{device.kind}"
                 content = {"ceilings": shared["ceilings"], "rows": rows}
-                path = write_record(name, content, device, options.output)  # as it goes: a lent machine may go away
+                path = write_record(name, content, device, options.output)  # as it goes: the machine may go away
     sys.stdout.write(f"{path}\n")
 
 

@@ -104,7 +104,7 @@ def compare(folder: Path, batch_size: int, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", type=Path, help="folder with train.rec; drawn faces by default")
+    parser.add_argument("--data_path", type=Path, help="folder with train.rec; synthetic faces by default")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the record")
@@ -122,7 +122,7 @@ def main() -> None:
     record = {
         "benchmark": "loader",
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m benchmark.loader --data_path {folder.name if options.data_path else '(drawn faces)'} "
+        "command": f"python -m benchmark.loader --data_path {folder.name if options.data_path else '(synthetic)'} "
         f"--batch_size {options.batch_size} --rounds {options.rounds}",
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmark.quality [--rows "bf16 + int8" ...] [--seeds 3] [--again]
 
-The problem is drawn, so that anyone can repeat it: an identity is a vector, an image of it a fixed random nonlinear
+The problem is synthetic, so that anyone can repeat it: an identity is a vector, an image of it a fixed random nonlinear
 function of that vector and of as many nuisances, with noise. A small MLP learns embeddings of 2,000 identities with
 ArcFace for 1,500 steps of 128 images and is verified on pairs of 500 identities that it never saw
 (`verify.protocol.evaluate_pairs`). It is made hard enough that neither loss nor accuracy comes near its end: where

@@ -293,11 +293,11 @@ def best_seconds(work, world, rounds, clock=time.perf_counter) -> float:
     return min(max(one) for one in zip(*world.all_gather_object(seconds)))
 
 
-PASSES = 11  # of the walk over a logit, without its products: scaled, compared, shifted, exp, summed, and again
+PASSES = 11  # of the passes over a logit, without its products: scaled, compared, shifted, exp, summed, and again
 
 
 def measure_rates(world, plan: HeadPlan) -> dict:
-    """What this machine gives a rank while all ranks work: the walk's products and passes, memory, gloo."""
+    """What this machine gives a rank while all ranks work: the chunked pass's products and the rest, memory, gloo."""
     batch, dim = plan.global_batch, plan.embedding_size
     rows = chunk_rows(batch, dim, "cpu", plan.sampled)
     left_BD, right_RD, out_BR = torch.randn(batch, dim), torch.randn(rows, dim), torch.empty(batch, rows)

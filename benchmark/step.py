@@ -1,9 +1,9 @@
-"""The training step, fast path by fast path, beside the plain formulation and a peer's, in one run.
+"""The training step, fast path by fast path, beside the plain formulation and a baseline's, in one run.
 
     OMP_NUM_THREADS=2 python -m benchmark.step [--device cpu] [--nets ir_50 mobilefacenet] [--batches 8 32]
-    python -m benchmark.step --device cuda --head 85742 --policies O2 bf16 --peer FOLDER_OF_ARCFACE_TORCH
+    python -m benchmark.step --device cuda --head 85742 --policies O2 bf16 --baseline FOLDER_OF_ARCFACE_TORCH
 
-A step is what `Learner` does with a batch of drawn faces that lies on the device: forward, backward, update; with
+A step is what `Learner` does with a batch of synthetic faces that lies on the device: forward, backward, update; with
 --head C also the margin loss over C classes and the update of their centers, without it (0) a fixed gradient of the
 embedding. Each of --fast is a form of it: `plain` (torch.nn modules, autocast where the policy is not O0,
 torch.optim.SGD, a dense Partial FC), `default` (what train.py does here without options), or switches over these,
@@ -82,7 +82,7 @@ class Form:
     """How a step is taken. memory_format and sgd None: what the device prefers (ours), torch's defaults (plain)."""
 
     name: str
-    net: str = "ours"  # or "plain", "peer"
+    net: str = "ours"  # or "plain", "baseline"
     memory_format: str | None = None
     sgd: str | None = None
     static: bool = False
@@ -94,7 +94,7 @@ class Form:
 SWITCHES = {
     "default": {},
     "plain": {"net": "plain"},
-    "peer": {"net": "peer"},
+    "baseline": {"net": "baseline"},
     **{name: {"memory_format": name} for name in FORMATS},
     **{kind: {"sgd": kind} for kind in SGD_KINDS},
     "static": {"static": True},
@@ -137,7 +137,7 @@ class Case:
     policy: str
     form: Form
     classes: int
-    peer: Path | None = None
+    baseline: Path | None = None
 
     @property
     def net(self) -> str:
@@ -152,7 +152,7 @@ class Step:
         self.case, self.device, self.precision = case, device, None
         torch.manual_seed(0)
         self.goal_BD = torch.randn(case.batch_size, EMBEDDING_SIZE).to(device.torch)
-        build = {"ours": self._ours, "plain": self._plain, "peer": self._peer}[case.form.net]
+        build = {"ours": self._ours, "plain": self._plain, "baseline": self._baseline}[case.form.net]
         self.net, self._take, self._cast, memory_format, sgd, opt_level = build()
         self.memory_format = FORMATS[memory_format]
         self.on = {
@@ -239,14 +239,14 @@ class Step:
         autocast = "fp32" if compute == torch.float32 else f"autocast to {str(compute).replace('torch.', '')}"
         return net, take, lambda images: images, memory_format, form.sgd or "torch.optim.SGD", autocast
 
-    def _peer(self):
+    def _baseline(self):
         """The step of arcface_torch's train_v2.py: its net and Partial FC in fp32 or its fp16, data parallel over one
         rank, the gradient's norm clipped at 5."""
         case, device = self.case, self.device
         half = POLICIES[case.policy].compute == torch.float16
         if not half and case.policy != "O0":
-            raise BenchmarkError(f"the peer trains in fp32 and fp16 only, not in {case.policy}")
-        get_model, losses, partial_fc = peer_modules(case.peer, device, bool(case.classes))
+            raise BenchmarkError(f"the baseline trains in fp32 and fp16 only, not in {case.policy}")
+        get_model, losses, partial_fc = baseline_modules(case.baseline, device, bool(case.classes))
         net = get_model(
             "mbf" if case.net_depth is None else f"r{case.net_depth}",
             fp16=half,
@@ -288,32 +288,32 @@ class Step:
 
 
 def draw_batch(batch_size: int, classes: int):
-    """uint8 [B, 112, 112, 3] of drawn faces, and int64 labels [B] below `classes`."""
+    """uint8 [B, 112, 112, 3] of synthetic faces, and int64 labels [B] below `classes`."""
     random = numpy.random.RandomState(0)
     drawn = [numpy.asarray(draw_face(draw_identity(random), random)) for _ in range(min(batch_size, 64))]
     faces = numpy.stack([drawn[i % len(drawn)] for i in range(batch_size)])
     return torch.from_numpy(faces), torch.from_numpy(random.randint(0, max(classes, 1), batch_size))
 
 
-def peer_modules(folder: Path, device: Device, with_head: bool):
+def baseline_modules(folder: Path, device: Device, with_head: bool):
     """(get_model, losses, partial_fc_v2) of a folder that holds arcface_torch, with its world of one rank open."""
     for file in ("backbones/__init__.py", "losses.py", "partial_fc_v2.py"):
         if not (folder / file).is_file():
             raise BenchmarkError(
-                f"--peer {folder}: no {file} in it; give the folder recognition/arcface_torch of a "
+                f"--baseline {folder}: no {file} in it; give the folder recognition/arcface_torch of a "
                 "checkout of deepinsight/insightface"
             )
     if not hasattr(torch.nn.parallel.DistributedDataParallel, "_set_static_graph"):
-        raise BenchmarkError(f"--peer: arcface_torch needs torch 1.11 or newer, and this is {torch.__version__}")
+        raise BenchmarkError(f"--baseline: arcface_torch needs torch 1.11 or newer, and this is {torch.__version__}")
     if with_head and device.kind != "cuda":
         raise BenchmarkError(
-            f"--peer with --head: the peer's Partial FC runs on cuda only; leave --head out on {device.kind}"
+            f"--baseline with --head: the baseline's Partial FC runs on cuda only; leave --head out on {device.kind}"
         )
     if not dist.is_initialized():
         file = Path(tempfile.mkdtemp()) / "store"
         dist.init_process_group(device.backend, init_method=f"file://{file}", rank=0, world_size=1)
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # last, so that no file of the peer's hides one of ours
+        sys.path.append(str(folder))  # last, so that no file of the baseline's hides one of ours
     return (
         importlib.import_module("backbones").get_model,
         importlib.import_module("losses"),
@@ -487,10 +487,10 @@ def plan(options, device: Device) -> list[list[Case]]:
         name for name in FAST[device.kind] if name not in SGD_KINDS or name in {*device.fused_optimizers(), "sgd_plain"}
     ]
     forms = [parse_form(text) for text in fast]
-    if options.peer and not any(form.net == "peer" for form in forms):
-        forms.append(parse_form("peer"))
-    if not options.peer and any(form.net == "peer" for form in forms):
-        raise BenchmarkError("--fast peer: say with --peer where the folder recognition/arcface_torch is")
+    if options.baseline and not any(form.net == "baseline" for form in forms):
+        forms.append(parse_form("baseline"))
+    if not options.baseline and any(form.net == "baseline" for form in forms):
+        raise BenchmarkError("--fast baseline: say with --baseline where the folder recognition/arcface_torch is")
     policies = options.policies or ["O0" if device.kind == "cpu" else "O2"]
     for policy in policies:
         Precision(policy, device)  # says it where the device lacks the type
@@ -505,15 +505,15 @@ def plan(options, device: Device) -> list[list[Case]]:
             )
         groups += [
             [
-                Case(net_mode, net_depth, batch, policy, form, options.head, options.peer)
+                Case(net_mode, net_depth, batch, policy, form, options.head, options.baseline)
                 for form in forms
-                if not (form.net == "peer" and policy.startswith("bf16"))
+                if not (form.net == "baseline" and policy.startswith("bf16"))
             ]  # it has none
             for batch in batches
             for policy in policies
         ]
-    if options.peer:
-        peer_modules(options.peer, device, bool(options.head))
+    if options.baseline:
+        baseline_modules(options.baseline, device, bool(options.head))
     return groups
 
 
@@ -527,7 +527,7 @@ def main(argv=None) -> None:
     parser.add_argument("--head", type=int, default=0, help="classes of the loss; 0 measures the backbone alone")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, help="steps a form takes in its turn; without it 1 on cpu, else 10")
-    parser.add_argument("--peer", type=Path, help="a folder with arcface_torch, whose step is taken beside ours")
+    parser.add_argument("--baseline", type=Path, help="a folder with arcface_torch, whose step is taken beside ours")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the record")
     options = parser.parse_args(argv)
     for name, low in (("rounds", 1), ("steps", 1), ("head", 0)):

@@ -17,7 +17,7 @@ from runtime.errors import DeviceError, PrecisionError
 CPU = Device("cpu")
 OLD_TORCH = not hasattr(torch, "autocast")
 
-# What the benchmark reads of a peer's folder, in the smallest form.
+# What the benchmark reads of a baseline's folder, in the smallest form.
 PEER = {
     "backbones/__init__.py": """
 import torch
@@ -127,14 +127,14 @@ def test_the_arithmetic_is_counted_as_torch_counts_it():
     assert step.training_flops(backbone) == 3 * counter.get_total_flops() - first
 
 
-def test_a_peer_is_measured_beside_ours(tmp_path, monkeypatch):
+def test_a_baseline_is_measured_beside_ours(tmp_path, monkeypatch):
     for name, text in PEER.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(sys, "path", [*sys.path])
     if OLD_TORCH:
-        with pytest.raises(step.BenchmarkError, match="--peer: arcface_torch needs torch 1.11"):
-            step.main(["--device", "cpu", "--peer", str(tmp_path)])
+        with pytest.raises(step.BenchmarkError, match="--baseline: arcface_torch needs torch 1.11"):
+            step.main(["--device", "cpu", "--baseline", str(tmp_path)])
         return
     try:
         step.main(
@@ -149,7 +149,7 @@ def test_a_peer_is_measured_beside_ours(tmp_path, monkeypatch):
                 "1",
                 "--fast",
                 "default",
-                "--peer",
+                "--baseline",
                 str(tmp_path),
                 "--output",
                 str(tmp_path / "out"),
@@ -159,20 +159,20 @@ def test_a_peer_is_measured_beside_ours(tmp_path, monkeypatch):
         for name in ("backbones", "losses", "partial_fc_v2"):
             sys.modules.pop(name, None)
     record, _ = rows_of(tmp_path / "out")
-    ours, peer = record["rows"]
-    assert (ours["form"], peer["form"]) == ("default", "peer") and peer["images_per_s"] > 0
+    ours, baseline = record["rows"]
+    assert (ours["form"], baseline["form"]) == ("default", "baseline") and baseline["images_per_s"] > 0
     macs = 14 * 14 * 4 * 3 * 64 * 2 + 4 * 14 * 14 * 512 * 3
-    assert peer["GFLOP_per_image"] == round(2 * macs / 1e9, 2) < ours["GFLOP_per_image"]
+    assert baseline["GFLOP_per_image"] == round(2 * macs / 1e9, 2) < ours["GFLOP_per_image"]
     assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("words, error, message", [
     (["--fast", "plain+foo"], step.BenchmarkError, "--fast plain\\+foo: 'foo' is no fast path; choose from default"),
-    (["--fast", "peer"], step.BenchmarkError, "--fast peer: say with --peer where"),
+    (["--fast", "baseline"], step.BenchmarkError, "--fast baseline: say with --baseline where"),
     (["--nets", "vgg"], step.BenchmarkError, "--nets vgg: name a net as in ir_50"),
     (["--nets", "resnet50"], step.BenchmarkError, "--nets resnet_50: it has no plain formulation .*leave plain out"),
     (["--policies", "O5"], PrecisionError, "opt_level 'O5': choose from O0"),
-    (["--peer", "nowhere"], step.BenchmarkError, "--peer nowhere: no backbones/__init__.py in it; give the folder"),
+    (["--baseline", "nowhere"], step.BenchmarkError, "--baseline nowhere: no backbones/__init__.py in it; give"),
     (["--rounds", "0"], step.BenchmarkError, "--rounds 0: must be at least 1"),
     (["--head", "-1"], step.BenchmarkError, "--head -1: must be at least 0"),
     (["--device", "tpu"], DeviceError, "device 'tpu': choose from auto"),
