@@ -93,6 +93,11 @@ class Learner:
                 f"--batch_size {config.batch_size} does not divide among {world.size} ranks of "
                 f"{config.accumulate} micro-batches: choose a multiple of {parts}"
             )
+        if config.batch_size == parts and any(isinstance(m, torch.nn.BatchNorm1d) for m in self.backbone.modules()):
+            raise ConfigError(
+                f"--batch_size {config.batch_size}: one image a rank and micro-batch has no variance, which the batch "
+                f"norm of {recognizer.name} needs: choose at least {2 * parts}"
+            )
         self.loader = data.build_loader(
             self.dataset,
             config.batch_size // parts,

@@ -46,6 +46,11 @@ make_environment() {
     done
     [ "${#sums[@]}" -eq 0 ] && return 0
     echo "installing ${arguments[*]} into $folder"
+    # torch before 2.3, as an Ascend image may bring it, is built for NumPy 1.
+    "$folder/bin/python" -c "
+import sys
+from importlib.metadata import version
+sys.exit(tuple(map(int, version('torch').split('.')[:2])) >= (2, 3))" 2>/dev/null && arguments+=("numpy<2")
     if ! "$folder/bin/python" -m pip install --quiet "${arguments[@]}"; then
         echo "error: pip could not install ${arguments[*]} into $folder; what it wrote above says why" >&2
         return 1

@@ -349,6 +349,9 @@ def test_what_does_not_fit_is_one_line(base, tmp_path):
         Learner.from_config(replace(base, accumulate=3))
     with pytest.raises(ConfigError, match="--pth_path"):
         Learner.from_config(replace(base, is_finetune=True))
+    for options in (dict(batch_size=1), dict(batch_size=2, accumulate=2)):
+        with pytest.raises(ConfigError, match=f"no variance.*choose at least {2 * options['batch_size']}"):
+            Learner.from_config(replace(base, **options))
 
 
 def test_best_and_last_are_kept(base):
