@@ -593,7 +593,7 @@ class Learner:
         """What `_state` gave, on as many ranks or another number of them."""
         meta, training = state["meta"], state["training"]
         self.recognizer.load_state_dict(state["model"])
-        self.recognizer.threshold = meta["threshold"]
+        self.recognizer.threshold = meta.get("threshold")
         self.recognizer.channel_order = self.config.weights_channel_order or meta["channel_order"]
         optim.load_optimizer_state(self.optimizer, state["optimizer"], self.precision.names)
         self.precision.load_state_dict(training["precision"])

@@ -43,12 +43,12 @@ NETWORK = {
     "model": TENSORS,
     "meta": {
         "net_mode": TEXT,
-        "net_depth": _optional(COUNT),
+        "net_depth?": _optional(COUNT),
         "embedding_size": COUNT,
-        "dropout": _optional(NUMBER),
-        "l2_norm": _optional(FLAG),
+        "dropout?": _optional(NUMBER),
+        "l2_norm?": _optional(FLAG),
         "channel_order": ORDER,
-        "threshold": _optional(NUMBER),
+        "threshold?": _optional(NUMBER),
         "num_classes?": _optional(COUNT),
     },
 }
