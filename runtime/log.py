@@ -34,9 +34,12 @@ class Parser(argparse.ArgumentParser):
     """A command's options. What is wrong with them is a ConfigError, one line, where argparse prints pages."""
 
     def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
+        words = sys.argv[1:] if args is None else args
+        for word in words:
             if word.partition("=")[2] == "--":  # which argparse takes for no value at all
                 self.error(f"{word}: expected a value")
+        if list(words).count("--") > 1:  # which argparse takes for a list
+            self.error("-- stands twice")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
