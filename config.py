@@ -569,6 +569,12 @@ def _converter(kind: type):
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.partition("=")[2] == "--":  # which argparse takes for no value at all
+                raise ConfigError(f"{word}: expected a value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments: (.*)", message, re.DOTALL)
         if unknown:
