@@ -36,7 +36,7 @@ def test_four_commands(tmp_path, root, shared, monkeypatch):
                "--lr=0.01", "--num_workers=0", f"--work_path={tmp_path}/work", f"--run_dir={tmp_path}/run"]  # fmt: skip
     run("bash", "test/train_finetune_1p.sh", f"--pth_path={start}", f"--data_path={tmp_path}/set", "--val_targets=val",
         *options)  # fmt: skip
-    said = run(*python, "tools.calibrate", f"--model={tmp_path}/work/models", f"--pairs={tmp_path}/aligned",
+    said = run(*python, "tools.calibrate", f"--model={tmp_path / 'work' / 'models'}", f"--pairs={tmp_path}/aligned",
                "--far=0.05", "--device=cpu")  # fmt: skip
     assert "false-accept rate of 0.05 on 540 pairs" in said
 
