@@ -509,3 +509,16 @@ def test_a_margin_of_ones_own_trains_resumes_and_is_evaluated(base, root, tmp_pa
     assert torch.equal(again.head.centers.weight, learner.head.centers.weight)
     assert set(again.evaluate()) == set(learner.evaluate())
     sys.modules.pop("own_margin")
+
+
+@pytest.mark.parametrize("policy, operand", [("O0", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_head_s_products_have_the_policy_s_type_in_a_real_step(base, policy, operand, monkeypatch):
+    """The default nets normalise in fp32 before the head: their embeddings' dtype must not decide."""
+    if policy == "bf16" and not hasattr(torch, "autocast"):
+        pytest.skip("torch 1.8 does not compute in bfloat16 on a cpu")
+    from head.ops import chunked
+
+    wanted, chosen = [], chunked.operand_dtype
+    monkeypatch.setattr(chunked, "operand_dtype", lambda asked, *rest: wanted.append(asked) or chosen(asked, *rest))
+    trained(replace(base, opt_level=policy, epochs=1, max_iter=1))
+    assert wanted and set(wanted) == {operand}
