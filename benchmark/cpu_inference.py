@@ -1,18 +1,19 @@
 """Embedding on the CPU: ways to run one net, their latency, images/s and what each costs in accuracy.
 
-python benchmark/cpu_inference.py --threads 2 --output benchmark/results/DATE_cpu_inference.json
-python benchmark/cpu_inference.py --accuracy --model mobilefacenet_128.onnx --pairs lfw.bin
+    python -m benchmark.cpu_inference --net mobilefacenet --threads 2
+    python -m benchmark.cpu_inference --net ir_50 --threads 2
+    python -m benchmark.cpu_inference --accuracy --model mobilefacenet_128.onnx --pairs lfw.bin
 
 Speed is measured on this project's nets with random weights (it does not depend on them), all ways in turn, round by
-round, so that other work on the machine meets each alike; the record holds the median round. Accuracy is that of a
-trained ONNX model on a pair set; for the ways of torch its graph is rebuilt in torch, operator by operator.
+round, so that other work on the machine meets each alike; the record holds the median round, and the processor's time
+beside it, which other work changes less. Accuracy is that of a trained ONNX model on a pair set; for the ways of torch
+its graph is rebuilt in torch, operator by operator.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,36 +28,14 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmark.record import write_record  # noqa: E402
 from data.pairs import load_pairs  # noqa: E402
+from deploy.backends import open_session, without_prelu  # noqa: E402
 from model import create_model  # noqa: E402
+from runtime.device import parse_device  # noqa: E402
 from verify.protocol import evaluate_pairs  # noqa: E402
 
 NETS = {"mobilefacenet": ("mobilefacenet", None), "ir_50": ("ir", 50)}
-
-
-def onnxruntime_session(path, threads):
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-class ReluPReLU(nn.Module):
-    """max(x, 0) - a max(-x, 0): the same numbers from operators that onnxruntime has fast kernels for."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach().clone().view(-1, 1, 1))
-
-    def forward(self, x):
-        return F.relu(x) - self.weight * F.relu(-x)
-
-
-def with_relu(net):
-    for name, child in net.named_children():
-        setattr(net, name, ReluPReLU(child.weight)) if isinstance(child, nn.PReLU) else with_relu(child)
-    return net
 
 
 class GraphInTorch(nn.Module):
@@ -107,11 +86,15 @@ class GraphInTorch(nn.Module):
 # --- the ways: each makes a function from float32 [B, 3, 112, 112] to float32 [B, D] ----------------------------------
 
 
-def torch_way(net, memory_format=torch.contiguous_format, dtype=torch.float32, compiled=False):
+def torch_way(net, memory_format=torch.contiguous_format, dtype=torch.float32, compiled=False, frozen=False):
     import copy
 
     net = copy.deepcopy(net).eval().to(memory_format=memory_format, dtype=dtype)
     run = torch.compile(net) if compiled else net
+    if frozen:
+        with torch.inference_mode():
+            x = torch.zeros(2, 3, 112, 112, dtype=dtype).contiguous(memory_format=memory_format)
+            run = torch.jit.freeze(torch.jit.trace(net, x, check_trace=False))
 
     def embed(x_BCHW: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -121,28 +104,34 @@ def torch_way(net, memory_format=torch.contiguous_format, dtype=torch.float32, c
     return embed
 
 
-def onnx_way(path, threads):
-    session = onnxruntime_session(path, threads)
-    fixed = session.get_inputs()[0].shape[0]
-    name = session.get_inputs()[0].name
+def onnx_way(path, threads, one_a_core=False):
+    """one_a_core: as served, `threads` calls of one image each at a time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    session = open_session(path, threads)
+    name, fixed = session.get_inputs()[0].name, isinstance(session.get_inputs()[0].shape[0], int)
+    callers = ThreadPoolExecutor(threads)
 
     def embed(x_BCHW):
-        if isinstance(fixed, int):
-            return np.concatenate([session.run(None, {name: x[None]})[0] for x in x_BCHW])
-        return session.run(None, {name: x_BCHW})[0]
+        if not one_a_core and not fixed:
+            return session.run(None, {name: x_BCHW})[0]
+        parts = (callers.map if one_a_core else map)(lambda x_CHW: session.run(None, {name: x_CHW[None]})[0], x_BCHW)
+        return np.concatenate(list(parts))
 
     return embed
 
 
 def export(net, path, relu: bool):
-    import copy
+    import onnx
 
-    net = copy.deepcopy(net).eval()
-    net = with_relu(net) if relu else net
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(net, (torch.zeros(2, 3, 112, 112),), str(path), input_names=["x"], output_names=["y"],
                           dynamic_axes={"x": {0: "n"}, "y": {0: "n"}}, opset_version=17, dynamo=False)  # fmt: skip
+    if relu:
+        written = onnx.load(path)
+        without_prelu(written.graph)
+        onnx.save(written, path)
     return path
 
 
@@ -178,47 +167,51 @@ def ways(net, folder, threads, calibration_BCHW, onnx_path=None):
         "torch fp32 channels_last": lambda: torch_way(net, **last),
         "torch fp32 compiled": lambda: torch_way(net, **last, compiled=True),
         "torch bf16 channels_last": lambda: torch_way(net, **bf16),
+        "torch bf16 frozen": lambda: torch_way(net, **bf16, frozen=True),
         "torch bf16 compiled": lambda: torch_way(net, **bf16, compiled=True),
     }
     if onnx_path is None:
-        table["onnxruntime fp32, PRelu"] = lambda: onnx_way(export(net, folder / "prelu.onnx", False), threads)
-        table["onnxruntime fp32"] = lambda: onnx_way(export(net, folder / "relu.onnx", True), threads)
         source = folder / "relu.onnx"
+        export(net, source, True)
+        table["onnxruntime fp32"] = lambda: onnx_way(source, threads)
     else:
-        table["onnxruntime fp32"] = lambda: onnx_way(onnx_path, threads)
         source = onnx_path
-    table["onnxruntime int8"] = lambda: onnx_way(quantised(source, folder / "int8.onnx", calibration_BCHW), threads)
+    table["onnxruntime fp32, one image a core"] = lambda: onnx_way(source, threads, True)
+    table["onnxruntime int8, one image a core"] = lambda: onnx_way(
+        quantised(source, folder / "int8.onnx", calibration_BCHW), threads, True
+    )
     return table
 
 
 def speed(args) -> list:
     records = []
-    for net_name, (mode, depth) in NETS.items():
-        torch.manual_seed(0)
-        net = create_model(mode, depth, embedding_size=512).eval()
-        images = np.random.default_rng(0).uniform(-1, 1, (32, 3, 112, 112)).astype(np.float32)
-        with tempfile.TemporaryDirectory() as folder:
-            made = {}
-            for name, make in ways(net, Path(folder), args.threads, images[:8]).items():
-                if args.only and not any(word in name for word in args.only.split(",")):
-                    continue
-                made[name] = make()
-                for batch in (1, 32):  # compiles, and warms up
-                    made[name](images[:batch])
-                print(f"{net_name}: {name} is ready", file=sys.stderr, flush=True)
-            times = {(name, batch): [] for name in made for batch in (1, 32)}
-            for _ in range(args.rounds):
-                for name, embed in made.items():
-                    for batch, repeat in ((1, 4), (32, 1)):
-                        for _ in range(repeat):
-                            began = time.perf_counter()
-                            embed(images[:batch])
-                            times[name, batch].append(time.perf_counter() - began)
-        for (name, batch), seconds in times.items():
-            middle = statistics.median(seconds)
-            records.append({"net": net_name, "way": name, "batch": batch, "latency_ms": round(1e3 * middle, 2),
-                            "images_per_second": round(batch / middle, 1)})  # fmt: skip
-            print(json.dumps(records[-1]), flush=True)
+    torch.manual_seed(0)
+    net = create_model(*NETS[args.net], embedding_size=512).eval()
+    images = np.random.default_rng(0).uniform(-1, 1, (32, 3, 112, 112)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        made = {}
+        for name, make in ways(net, Path(folder), args.threads, images[:8]).items():
+            if args.only and not any(word in name for word in args.only.split(",")):
+                continue
+            began = time.perf_counter()
+            made[name] = make()
+            for batch in (1, 32):  # compiles, and warms up
+                made[name](images[:batch])
+            print(f"{name} is ready after {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+        times = {(name, batch): [] for name in made for batch in (1, 32)}
+        for _ in range(args.rounds):
+            for name, embed in made.items():
+                for batch, repeat in ((1, 4), (32, 1)):
+                    for _ in range(repeat):
+                        began, cpu = time.perf_counter(), time.process_time()
+                        embed(images[:batch])
+                        times[name, batch].append((time.perf_counter() - began, time.process_time() - cpu))
+    for (name, batch), taken in times.items():
+        wall, cpu = (statistics.median(one) for one in zip(*taken))
+        records.append({"net": args.net, "way": name, "batch": batch, "latency_ms": round(1e3 * wall, 2),
+                        "images_per_second": round(batch / wall, 1),
+                        "cpu_ms_per_image": round(1e3 * cpu / batch, 2)})  # fmt: skip
+        print(json.dumps(records[-1]), flush=True)
     return records
 
 
@@ -244,22 +237,21 @@ def accuracy(args) -> list:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", default="mobilefacenet", choices=list(NETS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="words, one of which a way's name must hold")
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--model", help="a trained ONNX model, for --accuracy")
     parser.add_argument("--pairs", help="a verification set, for --accuracy")
-    parser.add_argument("--output")
+    parser.add_argument("--record", help="write benchmark/results/DATE_{this name}.json")
     args = parser.parse_args()
+    device = parse_device("cpu")
+    device.set()  # as every command does: freed memory is kept
     torch.set_num_threads(args.threads)
     records = accuracy(args) if args.accuracy else speed(args)
-    if args.output:
-        import onnxruntime
-
-        about = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "threads": args.threads,
-                 "machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-        Path(args.output).write_text(json.dumps({"about": about, "records": records}, indent=1) + "\n")
+    if args.record:
+        print(write_record(args.record, {"records": records}, device))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,33 @@
 """A server under load, beside a plain server of the same model that infers once for each request, in one run.
 
-    python benchmark/serve.py --model model.onnx --clients 1,8,64 --seconds 5
+    python -m benchmark.serve --model model.onnx --clients 1,8,64 --seconds 5
 
 Both servers, on the CPU, take the seed's wire format from the same clients, one after the other, round by round: p50
-and p99 of a request and images/s by number of clients. Then the load goes on while one of two servers is killed and
-started again: counted are requests that failed for good. --search measures a gallery of a million entries beside plain
-numpy.
-The clients are one process of threads over `face_service.FaceService`.
+and p99 of a request and images/s by number of clients. The plain server is what one writes in an hour: FastAPI under
+uvicorn with all defaults, Pillow, and the model as its library runs it by default (an onnxruntime session without
+options; `Recognizer.load` for a checkpoint), one call for each request. The clients are one process that sends
+prepared bytes, so that the two cores are the servers'.
+
+Then, with --kill, the load goes on while one of two servers is killed and started again: counted are requests that
+failed for good, of threads over `face_service.FaceService`. --search measures a gallery of a million entries beside
+plain numpy, --photo the way of a photo from its bytes to embeddings.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import http.client
 import io
 import json
 import os
-import platform
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +36,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from face_service import FaceService, FaceServiceError  # noqa: E402
-from runtime.files import write_json  # noqa: E402
+from face_service import ADDRESS, FaceService, FaceServiceError  # noqa: E402
 
 
 def images(count: int = 16) -> list:
@@ -45,46 +48,47 @@ def images(count: int = 16) -> list:
     return made
 
 
-def plain_server(model: str, port: int, threads: int) -> None:
-    """One request, one inference: what the standard library and the model alone give."""
-    import base64
+# --- the plain server -------------------------------------------------------------------------------------------------
 
-    from deploy.backends import load_recognizer
 
-    _, recognizer = load_recognizer(model, "cpu", threads)
-    lock = threading.Lock()
+def plain_model(path: str):
+    """uint8 [N, 112, 112, 3] -> unit embeddings, as the model's own library runs it by default."""
+    if not path.endswith(".onnx"):
+        from recognizer import Recognizer
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = -1  # header and body in one packet
-        disable_nagle_algorithm = True
+        return Recognizer.load(path, "cpu", opt_level="O0").embed
+    import onnxruntime
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            rows = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
-                    for text in body["base64_string"]]  # fmt: skip
-            with lock:
-                emb_ND = recognizer.embed(np.stack(rows))
-            answer = json.dumps({"instance": [{"embedding": row.astype(float).round(8).tolist()} for row in emb_ND]})
-            self.answer(answer.encode())
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
 
-        def do_GET(self):
-            self.answer(b"{}")
+    def embed(images_NHWC):
+        input_NCHW = (images_NHWC.transpose(0, 3, 1, 2).astype(np.float32) - 127.5) / 127.5
+        emb_ND = session.run(None, {name: input_NCHW})[0]
+        return emb_ND / np.linalg.norm(emb_ND, axis=1, keepdims=True)
 
-        def answer(self, body):
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    return embed
 
-        def log_message(self, *_):
-            pass
 
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 1024
+def plain_server(model: str, port: int) -> None:
+    import uvicorn
+    from fastapi import FastAPI
 
-    Server(("127.0.0.1", port), Handler).serve_forever()
+    embed, app, lock = plain_model(model), FastAPI(), threading.Lock()
+
+    @app.post(ADDRESS)
+    def inference(body: dict):
+        rows = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
+                for text in body["base64_string"]]  # fmt: skip
+        with lock:  # else forty threads share two cores, which is slower
+            emb_ND = embed(np.stack(rows))
+        return {"instance": [{"embedding": row} for row in emb_ND.tolist()]}
+
+    @app.get("/readyz")
+    def ready():
+        return {}
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
 
 
 def free_port() -> int:
@@ -94,11 +98,11 @@ def free_port() -> int:
 
 def start(kind: str, args, port: int) -> subprocess.Popen:
     if kind == "plain":
-        words = [__file__, "--plain_server", str(port), "--model", args.model, "--threads", str(args.threads)]
+        words = ["-m", "benchmark.serve", "--plain_server", str(port), "--model", args.model]
     else:
         words = ["-m", "deploy.server", "--model", args.model, "--port", str(port), "--no_detect", "--device", "cpu",
                  "--workers", str(args.workers), "--threads", str(args.threads)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
                                start_new_session=True)  # fmt: skip
     end = time.monotonic() + 120
@@ -115,8 +119,67 @@ def start(kind: str, args, port: int) -> subprocess.Popen:
     raise SystemExit(f"error: the {kind} server did not start")
 
 
-def load(ports: list, clients: int, seconds: float, bodies: list, during=None) -> dict:
-    """What `clients` see, each asking for one image after the other."""
+def request_bytes(images: list) -> bytes:
+    body = json.dumps({"base64_string": [base64.b64encode(image).decode("ascii") for image in images]}).encode()
+    head = (
+        f"POST {ADDRESS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def load(port: int, clients: int, seconds: float, requests: list) -> dict:
+    """What `clients` see, each on a connection of its own, asking for one image after the other."""
+    waiting = selectors.DefaultSelector()
+    connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(clients)]
+    taken, failed, number = [], 0, 0
+    for connection in connections:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        waiting.register(connection, selectors.EVENT_READ, [0.0, bytearray(), 0])
+
+    def ask(connection, state):
+        nonlocal number
+        state[:] = time.perf_counter(), bytearray(), 0
+        connection.sendall(requests[number % len(requests)])
+        number += 1
+
+    began = time.perf_counter()
+    for key in list(waiting.get_map().values()):
+        ask(key.fileobj, key.data)
+    open_requests = clients
+    while open_requests:
+        for key, _ in waiting.select(60):
+            state = key.data
+            part = key.fileobj.recv(1 << 16)
+            if not part:
+                raise SystemExit("error: the server hung up")
+            state[1] += part
+            if not state[2] and (end := state[1].find(b"\r\n\r\n")) >= 0:
+                (length,) = [
+                    line for line in state[1][:end].lower().split(b"\r\n") if line.startswith(b"content-length:")
+                ]
+                state[2] = end + 4 + int(length.split(b":")[1])
+            if state[2] and len(state[1]) >= state[2]:
+                now = time.perf_counter()
+                taken.append(now - state[0])
+                failed += not state[1].startswith(b"HTTP/1.1 200")
+                if now - began < seconds:
+                    ask(key.fileobj, state)
+                else:
+                    open_requests -= 1
+    wall = time.perf_counter() - began
+    for connection in connections:
+        connection.close()
+    return described(taken, failed, wall, clients)
+
+
+def described(taken: list, failed: int, wall: float, clients: int) -> dict:
+    p50, p99 = (1e3 * np.percentile(taken, [50, 99])).round(2).tolist() if taken else (None, None)
+    return {"clients": clients, "p50_ms": p50, "p99_ms": p99, "images_per_second": round(len(taken) / wall, 1),
+            "requests": len(taken), "failed": failed}  # fmt: skip
+
+
+def load_of_the_client(ports: list, clients: int, seconds: float, bodies: list, during) -> dict:
+    """What threads over FaceService see while `during` runs."""
     taken, failed, stop = [], [], threading.Event()
 
     def client(number: int) -> None:
@@ -140,8 +203,7 @@ def load(ports: list, clients: int, seconds: float, bodies: list, during=None) -
             began = time.perf_counter()
             for thread in threads:
                 thread.start()
-            if during:
-                during()
+            during()
             time.sleep(max(seconds - (time.perf_counter() - began), 0))
             stop.set()
             for thread in threads:
@@ -149,37 +211,47 @@ def load(ports: list, clients: int, seconds: float, bodies: list, during=None) -
             wall = time.perf_counter() - began
         finally:
             sys.stdout = shown
-    p50, p99 = (1e3 * np.percentile(taken, [50, 99])).round(2).tolist() if taken else (None, None)
-    rate = round(len(taken) / wall, 1)
-    return {"clients": clients, "p50_ms": p50, "p99_ms": p99, "images_per_second": rate,
-            "requests": len(taken), "failed": len(failed)}  # fmt: skip
+    return described(taken, len(failed), wall, clients)
 
 
-def under_load(args, bodies) -> list:
-    ports, processes, records = {}, [], []
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """Of a server and its workers so far."""
+    own = [process.pid]
+    for pid in own:
+        own += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in own]
+    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def under_load(args) -> list:
+    servers, ports, records = {}, {}, []
+    requests = [request_bytes([image]) for image in images()]
     try:
         for kind in ("plain", "ours"):
             ports[kind] = free_port()
-            processes.append(start(kind, args, ports[kind]))
+            servers[kind] = start(kind, args, ports[kind])
         for clients in args.clients:
             rounds: dict = {"plain": [], "ours": []}
             for _ in range(args.rounds):
                 for kind, done in rounds.items():
-                    load([ports[kind]], clients, 0.5, bodies)  # warm
-                    done.append(load([ports[kind]], clients, args.seconds, bodies))
+                    load(ports[kind], clients, 0.3, requests)  # warm
+                    before = cpu_seconds(servers[kind])
+                    done.append(load(ports[kind], clients, args.seconds, requests))
+                    cpu = cpu_seconds(servers[kind]) - before
+                    done[-1]["server_cpu_ms_per_image"] = round(1e3 * cpu / done[-1]["requests"], 2)
             for kind, done in rounds.items():
                 middle = sorted(done, key=lambda record: record["images_per_second"])[len(done) // 2]
                 records.append({"server": kind, **middle})
                 print(json.dumps(records[-1]), flush=True)
     finally:
-        for process in processes:
+        for process in servers.values():
             process.terminate()
-        for process in processes:
+        for process in servers.values():
             process.wait(60)
     return records
 
 
-def kill_and_restart(args, bodies) -> dict:
+def kill_and_restart(args) -> dict:
     ports = [free_port(), free_port()]
     processes = [start("ours", args, port) for port in ports]
 
@@ -192,7 +264,7 @@ def kill_and_restart(args, bodies) -> dict:
             processes[number] = start("ours", args, ports[number])
 
     try:
-        record = load(ports, 8, 4 * args.seconds, bodies, during)
+        record = load_of_the_client(ports, 8, 4 * args.seconds, images(), during)
     finally:
         for process in processes:
             process.terminate()
@@ -203,31 +275,93 @@ def kill_and_restart(args, bodies) -> dict:
 
 
 def search(entries: int, dimension: int) -> list:
-    """One face against a gallery: our index, fp32 and int8, beside numpy's product and maximum."""
+    """One face against a gallery: our index, fp32 and int8, beside numpy's product and maximum. What does not fit into
+    three quarters of the memory that is left is not measured."""
     from deploy.gallery import SearchIndex
+    from runtime import host
 
-    rng = np.random.default_rng(0)
-    vectors_MD = rng.standard_normal((entries, dimension), dtype=np.float32)
-    vectors_MD /= np.linalg.norm(vectors_MD, axis=1, keepdims=True)
-    asked = rng.standard_normal((32, dimension)).astype(np.float32)
+    def vectors(first: int) -> np.ndarray:
+        rng = np.random.default_rng(first)
+        made_ND = rng.standard_normal((min(100_000, entries - first), dimension), dtype=np.float32)
+        return made_ND / np.linalg.norm(made_ND, axis=1, keepdims=True)
+
+    asked = np.random.default_rng(-1 % 2**32).standard_normal((32, dimension)).astype(np.float32)
     asked /= np.linalg.norm(asked, axis=1, keepdims=True)
-    ways = {"numpy": lambda face_D: int((vectors_MD @ face_D).argmax())}
-    for storage in ("fp32", "int8"):
-        index = SearchIndex(dimension, storage)
-        for first in range(0, entries, 100_000):
-            rows = np.arange(first, min(first + 100_000, entries))
-            index.add(rows, vectors_MD[rows])
-        ways[f"index {storage}"] = lambda face_D, index=index: int(index.search(face_D[None], 1)[0][0, 0])
+    size, ways, records = entries * dimension, {}, {}
+    for name, width in (("numpy", 4), ("index fp32", 4), ("index int8", 1)):
+        if size * width > 0.75 * host.memory_left():
+            print(f"{name}: {entries} entries do not fit", file=sys.stderr)
+            continue
+        before = host.process_memory()
+        if name == "numpy":
+            vectors_MD = np.empty((entries, dimension), np.float32)
+            for first in range(0, entries, 100_000):
+                vectors_MD[first : first + 100_000] = vectors(first)
+            ways[name] = lambda face_D, all_MD=vectors_MD: [(all_MD @ face_D).argmax()]
+            records[name] = {}
+        else:
+            index = SearchIndex(dimension, name.split()[1])
+            for first in range(0, entries, 100_000):
+                part_ND = vectors(first)
+                index.add(np.arange(first, first + len(part_ND)), part_ND)
+            changed, one_1D, one_1 = [], vectors(0)[:1], np.array([entries])
+            for _ in range(9):
+                began = time.perf_counter()
+                index.add(one_1, one_1D)
+                middle = time.perf_counter()
+                index.remove(one_1)
+                changed.append((middle - began, time.perf_counter() - middle))
+            add, remove = (round(1e3 * float(value), 3) for value in np.median(changed, axis=0))
+            ways[name] = lambda face_D, index=index: index.search(face_D[None], 1)[0][0]
+            records[name] = {"add_one_ms": add, "remove_one_ms": remove}
+        records[name]["memory_gib"] = round((host.process_memory() - before) / 2**30, 2)
     taken: dict = {name: [] for name in ways}
+    found: dict = {name: [] for name in ways}
     for face_D in asked:
         for name, way in ways.items():
             began = time.perf_counter()
-            way(face_D)
+            found[name].append(way(face_D))
             taken[name].append(time.perf_counter() - began)
-    records = [{"search": name, "entries": entries, "dimension": dimension,
-                "p50_ms": round(1e3 * float(np.median(seconds)), 2)} for name, seconds in taken.items()]  # fmt: skip
-    for record in records:
-        print(json.dumps(record), flush=True)
+    first = next(iter(found.values()))
+    for name, seconds in taken.items():
+        records[name] = {"search": name, "entries": entries, "dimension": dimension,
+                         "p50_ms": round(1e3 * float(np.median(seconds)), 2), **records[name],
+                         "finds_the_nearest": sum(a[0] in b for a, b in zip(first, found[name]))}  # fmt: skip
+        print(json.dumps(records[name]), flush=True)
+    return list(records.values())
+
+
+def photo(args) -> list:
+    """A photo's way from its bytes to the embeddings of its faces, and the parts of it."""
+    from deploy.alignment import align_faces
+    from deploy.backends import load_recognizer
+    from deploy.detection import open_detector
+    from deploy.photos import decode_photo
+
+    data = Path(args.photo).read_bytes()
+    _, recognizer = load_recognizer(args.model, "cpu", args.threads)
+    records = []
+    for det_model in args.det_model or [""]:
+        detector, taken = open_detector(det_model), []
+        for _ in range(args.rounds * 10 + 1):
+            moments = [time.perf_counter()]
+            image_HWC = decode_photo(data)
+            moments.append(time.perf_counter())
+            faces = detector.detect(image_HWC)
+            moments.append(time.perf_counter())
+            crops_NSS3 = align_faces(image_HWC, faces.points_N52)
+            moments.append(time.perf_counter())
+            recognizer.embed(crops_NSS3)
+            moments.append(time.perf_counter())
+            taken.append(np.diff(moments))
+        median = 1e3 * np.median(taken[1:], axis=0)  # the first warms up
+        parts = dict(zip(("decode_ms", "detect_ms", "align_ms", "embed_ms"), median.round(2).tolist()))
+        whole = 1e3 * np.sum(taken[1:], axis=1)
+        records.append({"photo": list(image_HWC.shape[:2]), "faces": len(faces), **parts,
+                        "detector": Path(det_model).name or "MTCNN",
+                        "p50_ms": round(float(np.median(whole)), 2),
+                        "p99_ms": round(float(np.percentile(whole, 99)), 2)})  # fmt: skip
+        print(json.dumps(records[-1]), flush=True)
     return records
 
 
@@ -238,25 +372,31 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of load, each time")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--search", type=int, default=0, help="entries of a gallery, for example 1000000")
+    parser.add_argument("--threads", type=int, default=0, help="of our server; 0: every core")
+    parser.add_argument("--kill", action="store_true", help="kill and restart servers under load, instead")
+    parser.add_argument("--photo", help="time a photo's way through detection, alignment and embedding, instead")
+    parser.add_argument("--det_model", action="append", help="for --photo: an ONNX detector; may be given again")
+    parser.add_argument("--search", type=int, default=0, help="entries of a gallery to search, for example 1000000")
     parser.add_argument("--dimension", type=int, default=512)
+    parser.add_argument("--record", help="write benchmark/results/DATE_{this name}.json")
     parser.add_argument("--plain_server", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--output")
     args = parser.parse_args()
     if args.plain_server:
-        return plain_server(args.model, args.plain_server, args.threads)
-    records = []
-    if args.model:
-        bodies = images()
-        records += under_load(args, bodies)
-        records.append(kill_and_restart(args, bodies))
+        return plain_server(args.model, args.plain_server)
     if args.search:
-        records += search(args.search, args.dimension)
-    if args.output:
-        about = {"python": platform.python_version(), "threads": args.threads, "workers": args.workers,
-                 "model": Path(args.model).name if args.model else None, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-        write_json(args.output, {"about": about, "records": records})
+        records = search(args.search, args.dimension)
+    elif not args.model:
+        parser.error("--model is missing (or --search)")
+    elif args.photo:
+        records = photo(args)
+    else:
+        records = [kill_and_restart(args)] if args.kill else under_load(args)
+    if args.record:
+        from benchmark.record import write_record
+        from runtime.device import parse_device
+
+        model = Path(args.model).name if args.model else None
+        print(write_record(args.record, {"model": model, "records": records}, parse_device("cpu")))
     return None
 
 

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from deploy.alignment import align_faces
-from deploy.backends import load_recognizer
+from deploy.backends import OnnxRecognizer, load_recognizer
 from deploy.batching import Batcher, Busy
 from deploy.detection import Faces, open_detector
 from deploy.gallery import Gallery, open_gallery, similarity_threshold
@@ -87,9 +87,11 @@ class Engine:
         self.threshold = settings.threshold
         for known in (getattr(self.gallery, "threshold", None), self.recognizer.threshold):
             self.threshold = known if self.threshold is None else self.threshold
-        # a file with a fixed batch gains nothing from more
-        most = min(settings.batch, getattr(self.recognizer, "batch", None) or settings.batch)
-        self.batcher = Batcher(self.recognizer.embed, most, observe=self.metrics.batch)
+        if isinstance(self.recognizer, OnnxRecognizer):  # one call a core is quicker than one for all of them
+            most, callers = min(settings.batch, self.recognizer.at_once), settings.threads
+        else:
+            most, callers = settings.batch, 1
+        self.batcher = Batcher(self.recognizer.embed, most, observe=self.metrics.batch, threads=callers)
         # decoding and detection release Python's lock; the gallery's database is used by one thread
         self.workers = ThreadPoolExecutor(max(settings.threads, 2), "decode")
         self.one_by_one = ThreadPoolExecutor(1, "gallery")
@@ -155,7 +157,10 @@ class Engine:
         crops_NSS3 = np.concatenate([crops for _, crops in found])
         if not len(crops_NSS3):
             return [(faces, np.zeros((0, self.dimension), np.float32)) for faces, _ in found]
-        emb_ND = await asyncio.wrap_future(self.batcher.submit(crops_NSS3))
+        pieces = [crops_NSS3[i : i + self.batcher.most] for i in range(0, len(crops_NSS3), self.batcher.most)]
+        emb_ND = np.concatenate(
+            await asyncio.gather(*(asyncio.wrap_future(self.batcher.submit(piece)) for piece in pieces))
+        )
         if not np.isfinite(emb_ND).all():
             raise Refused(422, "the model gives no finite embedding for a face of this request")
         ends = np.cumsum([len(faces) for faces, _ in found])

@@ -73,9 +73,46 @@ def open_session(path, threads: Optional[int] = None):
     # spinning threads would take the cores from decoding and from the other workers
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(_quicker(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a dozen classes of its own
         raise ModelError(f"{path}: not an ONNX model that onnxruntime can run ({str(error)[:120]})") from None
+
+
+def _quicker(path):
+    """The model's bytes with PRelu written otherwise; its path where that is not needed or cannot be done here."""
+    try:
+        import onnx
+
+        written = onnx.load(str(path), load_external_data=False)
+    except Exception:  # no such package, or no such file: onnxruntime says what is wrong with it
+        return str(path)
+    inside = all(tensor.data_location != onnx.TensorProto.EXTERNAL for tensor in written.graph.initializer)
+    return written.SerializeToString() if inside and without_prelu(written.graph) else str(path)
+
+
+def without_prelu(graph) -> int:
+    """Writes each PRelu(x) of an ONNX graph as Relu(x) - slope * Relu(-x), in place; returns how many there were. The
+    same numbers in half the time: onnxruntime has quick kernels for these, in the layout that its convolutions use."""
+    from onnx import helper
+
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "PRelu":
+            nodes.append(node)
+            continue
+        (x, slope), out = node.input, node.output[0]
+        up, minus, down, scaled = (f"{out}/{part}" for part in ("up", "minus", "down", "scaled"))
+        nodes += [
+            helper.make_node("Relu", [x], [up]),
+            helper.make_node("Neg", [x], [minus]),
+            helper.make_node("Relu", [minus], [down]),
+            helper.make_node("Mul", [down, slope], [scaled]),
+            helper.make_node("Sub", [up, scaled], [out]),
+        ]
+    count = (len(nodes) - len(graph.node)) // 4
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return count
 
 
 class OnnxRecognizer:
@@ -105,6 +142,7 @@ class OnnxRecognizer:
             )
         self.size = shape[2]
         self.batch = shape[0] if isinstance(shape[0], int) else None
+        self.at_once = self.batch or 1  # the activations of one face stay in a core's cache, those of eight do not
         self._input = inputs[0].name
         self.meta = dict(self.session.get_modelmeta().custom_metadata_map)
         self.channel_order = self.meta.get("channel_order", "rgb")
@@ -126,8 +164,7 @@ class OnnxRecognizer:
             )
         if self.channel_order == "bgr":
             images_BHWC = images_BHWC[..., ::-1]
-        at_once = self.batch or 32
-        parts = [self._run(images_BHWC[i : i + at_once]) for i in range(0, len(images_BHWC), at_once)]
+        parts = [self._run(images_BHWC[i : i + self.at_once]) for i in range(0, len(images_BHWC), self.at_once)]
         width = self.session.get_outputs()[0].shape[1]
         emb_ND = np.concatenate(parts) if parts else np.zeros((0, width if isinstance(width, int) else 0), np.float32)
         return emb_ND / np.maximum(np.linalg.norm(emb_ND, axis=1, keepdims=True), 1e-12)

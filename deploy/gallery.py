@@ -16,6 +16,7 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -25,6 +26,7 @@ import numpy as np
 from data import safe_pickle
 from data.images import read_file
 from data.npy import read_npy
+from runtime import host
 from runtime.errors import CheckpointError, DamagedItem, DataError, GalleryError, printable
 from runtime.files import open_regular, temporary_path
 
@@ -164,6 +166,7 @@ class Gallery:
 
     def close(self) -> None:
         self._db.close()
+        self._index.close()
 
     def __enter__(self):
         return self
@@ -349,45 +352,70 @@ class SearchIndex:
 
     storage: "fp32", or "int8" at a quarter of the memory: whole numbers over six standard deviations of a unit
     vector's components, of which `search` gives more candidates than asked for, to be compared exactly.
+    threads: of a search; None takes every core. Vectors lie in blocks: faiss searches a block on one core for one
+    face, so the blocks are what the cores share; and neither growing nor removing copies more than a block.
     """
 
-    def __init__(self, dimension: int, storage: str = "fp32"):
+    BLOCK = 1 << 16
+
+    def __init__(self, dimension: int, storage: str = "fp32", threads: Optional[int] = None):
         self.dimension, self.storage = dimension, storage
         self._scale = 127 * math.sqrt(dimension) / 6
+        self._blocks: list = []
         try:
             logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells every library that it tries
             import faiss
 
-            self._index = faiss.IndexIDMap2(self._new_faiss(faiss))
+            self._faiss = faiss
         except ImportError:
             log.warning("faiss is not installed: galleries are searched with numpy (pip install faiss-cpu)")
-            self._index = _NumpyIndex(dimension, np.int8 if storage == "int8" else np.float32)
+            self._faiss = None
+        # a thread's own loops stay on it: its blocks are its share
+        alone = (lambda: self._faiss.omp_set_num_threads(1)) if self._faiss else None
+        self._threads = ThreadPoolExecutor(threads or len(host.allowed_cores()), "search", initializer=alone)
 
-    def _new_faiss(self, faiss):
+    def _new_block(self):
+        faiss = self._faiss
+        if faiss is None:
+            return _NumpyIndex(self.dimension, np.int8 if self.storage == "int8" else np.float32)
         if self.storage == "fp32":
-            return faiss.IndexFlatIP(self.dimension)
+            return faiss.IndexIDMap(faiss.IndexFlatIP(self.dimension))
         kind = faiss.ScalarQuantizer.QT_8bit_direct_signed
-        return faiss.IndexScalarQuantizer(self.dimension, kind, faiss.METRIC_INNER_PRODUCT)
+        return faiss.IndexIDMap(faiss.IndexScalarQuantizer(self.dimension, kind, faiss.METRIC_INNER_PRODUCT))
 
     def __len__(self) -> int:
-        return self._index.ntotal
+        return sum(block.ntotal for block in self._blocks)
 
     def _stored(self, vectors_ND: np.ndarray) -> np.ndarray:
         vectors_ND = np.ascontiguousarray(vectors_ND, np.float32)
         return vectors_ND if self.storage == "fp32" else np.rint(vectors_ND * self._scale).clip(-127, 127)
 
     def add(self, id_N: np.ndarray, vectors_ND: np.ndarray) -> None:
-        self._index.add_with_ids(self._stored(vectors_ND), id_N)
+        start = 0
+        while start < len(id_N):
+            if not self._blocks or self._blocks[-1].ntotal >= self.BLOCK:
+                self._blocks.append(self._new_block())
+            stop = start + self.BLOCK - self._blocks[-1].ntotal
+            self._blocks[-1].add_with_ids(self._stored(vectors_ND[start:stop]), id_N[start:stop])
+            start = stop
+
+    def close(self) -> None:
+        self._threads.shutdown()
 
     def remove(self, id_N: np.ndarray) -> None:
-        self._index.remove_ids(id_N)
+        for block in self._blocks:
+            block.remove_ids(id_N)
+        self._blocks = [block for block in self._blocks if block.ntotal]
 
     def search(self, unit_BD: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids [B, K], similarity [B, K]), -1 where there are fewer; with int8 K is 4 * count + 16."""
         if self.storage == "int8":
             count, unit_BD = 4 * count + 16, self._stored(unit_BD)  # faiss rounds the faces too
-        similarity_BK, id_BK = self._index.search(np.ascontiguousarray(unit_BD), min(count, len(self)))
-        return id_BK, similarity_BK
+        unit_BD = np.ascontiguousarray(unit_BD, np.float32)
+        found = self._threads.map(lambda block: block.search(unit_BD, min(count, block.ntotal)), list(self._blocks))
+        similarity_BN, id_BN = (np.concatenate(part, axis=1) for part in zip(*found))
+        best_BK = np.argsort(-similarity_BN, axis=1, kind="stable")[:, :count]
+        return np.take_along_axis(id_BN, best_BK, 1), np.take_along_axis(similarity_BN, best_BK, 1)
 
 
 class _NumpyIndex:

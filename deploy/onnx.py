@@ -114,7 +114,7 @@ def _write_onnx(recognizer, path: Path, metadata: dict):
     try:
         import onnx
 
-        from deploy.backends import OnnxRecognizer
+        from deploy.backends import OnnxRecognizer, without_prelu
     except ImportError:
         raise ModelError("ONNX files need the packages onnx and onnxruntime: pip install onnx onnxruntime") from None
     evaluating, example = _traced(recognizer)
@@ -133,6 +133,7 @@ def _write_onnx(recognizer, path: Path, metadata: dict):
                 if opset == OPSETS[-1] or "opset" not in str(error).lower():
                     raise ModelError(f"{recognizer.name}: cannot become ONNX ({one_line(error)[:150]})") from error
     written = onnx.load(path)
+    without_prelu(written.graph)
     onnx.helper.set_model_props(written, metadata)
     onnx.checker.check_model(written)
     path.write_bytes(written.SerializeToString())

@@ -27,6 +27,7 @@ def people(count, dimension=32, seed=0):
 
 @pytest.fixture(params=["faiss", "numpy"])
 def engine(request, monkeypatch):
+    monkeypatch.setattr(galleries.SearchIndex, "BLOCK", 3)  # of a large gallery there are many
     if request.param == "faiss":
         pytest.importorskip("faiss")
     else:
