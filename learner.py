@@ -190,7 +190,8 @@ class Learner:
         # The head normalises by itself; margins that read the embedding's length need it as it is.
         l2_norm = False if find_margin(config.loss_type).reads_lengths else None
         start = None
-        if config.pth_path and not (config.resume or config.fs_checkpoint_dir):
+        # "auto" where there is nothing to resume begins like a run without it
+        if config.pth_path and config.resume in ("", "auto") and not config.fs_checkpoint_dir:
             start = read(config.pth_path, world)
             recognizer = Recognizer.from_state(
                 start[1],
@@ -214,10 +215,10 @@ class Learner:
             )
         learner = cls(recognizer, config, dataset, world)
         learner.weights = config.pth_path if start is not None else ""
-        if start is not None and not config.is_finetune:
-            learner.start_from(*start)
-        elif config.resume or config.fs_checkpoint_dir:
+        if config.resume or config.fs_checkpoint_dir:
             learner.resume(config.resume)
+        if start is not None and not config.is_finetune and learner.resumed is None:
+            learner.start_from(*start)
         return learner
 
     # --- training ----------------------------------------------------------------------------------------------------

@@ -104,6 +104,11 @@ def register(name: str, recognises: Callable[[Path], bool] = lambda path: False)
     return enter
 
 
+def format_of(path) -> Optional[str]:
+    """The name of the format that `open_dataset` would take `path` for; None for none."""
+    return next((one.name for one in FORMATS if one.recognises(Path(path))), None)
+
+
 def _find_folders(path: Path, data_mode: Optional[str]) -> list[Path]:
     if data_mode is None or not os.path.isdir(path):
         return [path]

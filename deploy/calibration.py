@@ -59,17 +59,23 @@ def far_threshold(different_P: np.ndarray, far: float) -> float:
     return float(different_P[min(allowed, len(different_P) - 1)])
 
 
-def _check(far: float, different: int) -> None:
-    if not 0 < far < 1:
-        raise PairError(f"--far {far}: a rate between 0 and 1, for example 1e-3")
-    if far * different < 1 - 1e-9:
+def _possible(far, different: int) -> float:
+    """The rate, or of several the first, that so many pairs of different people are enough for."""
+    rates = np.atleast_1d(far).tolist()
+    for rate in rates:
+        if not 0 < rate < 1:
+            raise PairError(f"--far {rate}: a rate between 0 and 1, for example 1e-3")
+    far = next((rate for rate in rates if rate * different >= 1 - 1e-9), None)
+    if far is None:
+        far = rates[-1]
         raise PairError(
             f"--far {far:g} needs {round(1 / far)} pairs of different people, there are {different}: "
             f"bring more, or take --far {1 / max(different, 1):.2g}"
         )
+    return far
 
 
-def calibrate_pairs(emb_2PD: np.ndarray, issame_P, far: float, data: str = "") -> Calibration:
+def calibrate_pairs(emb_2PD: np.ndarray, issame_P, far, data: str = "") -> Calibration:
     """From pairs: rows 2i and 2i+1 are pair i. The interval is that of a quantile of independent pairs: the order
     statistics at the binomial distribution's 2.5 and 97.5 % points, whatever the distances' distribution.
 
@@ -77,14 +83,14 @@ def calibrate_pairs(emb_2PD: np.ndarray, issame_P, far: float, data: str = "") -
     """
     distance_P, same_P = pair_distances(np.asarray(emb_2PD)), np.asarray(issame_P, bool)
     different_P = np.sort(distance_P[~same_P])
-    _check(far, len(different_P))
+    far = _possible(far, len(different_P))
     counts = np.random.default_rng(0).binomial(len(different_P), far, size=20_000)
     low, high = np.percentile(counts, [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2]).astype(int)
     last = len(different_P) - 1
     return _result(different_P, distance_P[same_P], far, data, different_P[[min(low, last), min(high, last)]])
 
 
-def calibrate_people(emb_ND: np.ndarray, person_N, far: float, data: str = "") -> Calibration:
+def calibrate_people(emb_ND: np.ndarray, person_N, far, data: str = "") -> Calibration:
     """From images of known people: every pair of images. Pairs that share a person are not independent, so the interval
     comes from drawing the people anew, with replacement, a thousand times. Raises as `calibrate_pairs`."""
     emb_ND, person_N = np.asarray(emb_ND, np.float64), np.asarray(person_N)
@@ -98,7 +104,7 @@ def calibrate_people(emb_ND: np.ndarray, person_N, far: float, data: str = "") -
     same_P = person_N[first] == person_N[second]
     order = np.argsort(distance_P[~same_P], kind="stable")
     different_P = distance_P[~same_P][order]
-    _check(far, len(different_P))
+    far = _possible(far, len(different_P))
     one_P, other_P = person_N[first[~same_P]][order], person_N[second[~same_P]][order]
     drawn, rng = [], np.random.default_rng(0)
     for _ in range(min(RESAMPLES, 2 * 10**9 // len(different_P) + 20)):
@@ -125,16 +131,17 @@ def _result(different_P, same_P, far, data, low_high) -> Calibration:
     )
 
 
-def calibrate(recognizer, path, far: float, channel_order: Optional[str] = None, say=print) -> Calibration:
+def calibrate(recognizer, path, far, channel_order: Optional[str] = None, say=print, people=None) -> Calibration:
     """The threshold of a recognizer on a pair set (.bin, bcolz, pair folder) or on a folder of people's aligned faces
-    (<person>/<image>). An image of the folder that cannot be used is said and left out."""
+    (<person>/<image>), all of them or those named in `people`. far: a rate, or several: the first that there are enough
+    pairs for. An image of the folder that cannot be used is said and left out."""
     path = Path(path)
     if path.is_file() or (path / "label.txt").is_file() or (path / "meta").is_dir():
         images, issame_P = load_pairs(path, channel_order)
         return calibrate_pairs(_embed_slices(recognizer, images), issame_P, far, path.name)
-    size, faces, people = getattr(recognizer, "size", 112), [], []
+    size, faces, names = getattr(recognizer, "size", 112), [], []
     for photo in list_photos(path):
-        if len(photo.parts) < 2:
+        if len(photo.parts) < 2 or (people is not None and photo.parts[0] not in people):
             continue
         try:
             face_SS3 = read_photo(path / photo, max_pixels=4096 * 4096)
@@ -144,12 +151,12 @@ def calibrate(recognizer, path, far: float, channel_order: Optional[str] = None,
             say(f"{path / photo}: {error}: left out")
             continue
         faces.append(face_SS3)
-        people.append(photo.parts[0])
+        names.append(photo.parts[0])
     if not faces:
         raise DataError(f"{path}: is no pair set, and holds no <person>/<aligned face>: see tools.align")
     if len(faces) > MOST_IMAGES:
         raise DataError(f"{path}: {len(faces)} images make too many pairs: {MOST_IMAGES} images are enough")
-    return calibrate_people(_embed_slices(recognizer, np.stack(faces)), people, far, path.name)
+    return calibrate_people(_embed_slices(recognizer, np.stack(faces)), names, far, path.name)
 
 
 def _embed_slices(recognizer, images: Sequence, at_once: int = 128) -> np.ndarray:

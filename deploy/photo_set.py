@@ -24,10 +24,11 @@ from typing import NamedTuple, Optional
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.images import read_file
+from data import format_of
+from data.images import image_size, read_file
 from deploy.alignment import SIZE, align_faces
 from deploy.detection import open_detector
-from deploy.photos import list_photos, read_photo
+from deploy.photos import SUFFIXES, list_photos, read_photo
 from runtime.errors import DamagedItem, DataError, UserError, printable
 from runtime.files import atomic_file, write_text
 
@@ -80,6 +81,25 @@ def align_folder(source, target, settings: Settings = Settings(), workers: int =
     shown = {name: done for name, done in known.items() if os.path.isfile(source / name)}
     write_text(target / REPORT, report_page(source, target, shown), DataError)
     return Counter(done["why"] or "aligned" for done in shown.values())
+
+
+def unaligned(folder) -> bool:
+    """Whether a folder holds people's photos as they were taken, <person>/<photo>, and no training set: of the first
+    photos of a hundred people one has another size than an aligned face."""
+    folder = Path(folder)
+    if not folder.is_dir() or format_of(folder) not in (None, "folders", "label.txt"):
+        return False
+    people = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()][:100]
+    photos = [one for person in people for one in sorted(person.iterdir()) if one.suffix.lower() in SUFFIXES]
+    first = list({one.parent: one for one in reversed(photos)}.values())
+    return len(first) > 1 and not all(_is_aligned(one) for one in first)
+
+
+def _is_aligned(photo: Path) -> bool:
+    try:
+        return image_size(read_file(photo)) == (SIZE, SIZE)
+    except DamagedItem:
+        return photo.suffix.lower() not in (".heic", ".heif")  # a damaged one says nothing about the others
 
 
 def _check_folders(source: Path, target: Path) -> None:

@@ -18,8 +18,11 @@ _MOBILEFACENET = {"conv1": 0, "conv2_dw": 0, "conv_23": 1, "conv_3": 1, "conv_34
 
 
 def parts_of(backbone: nn.Module) -> dict[str, int]:
-    """{name of a parameter or buffer: 0..5}. Raises ModelError for a backbone whose parts are not known."""
+    """{name of a parameter or buffer: 0..5}. A backbone of one's own says it by a method `part_of(name)`. Raises
+    ModelError for one whose parts are not known."""
     state = backbone.state_dict()
+    if hasattr(backbone, "part_of"):
+        return {name: backbone.part_of(name) for name in state}
     first = {name.split(".")[0] for name in state}
     if "body" in first:
         width = {}
@@ -34,7 +37,9 @@ def parts_of(backbone: nn.Module) -> dict[str, int]:
     if "layer1" in first:
         known = {"conv1": 0, "bn1": 0, "prelu": 0, **{f"layer{stage}": stage for stage in (1, 2, 3, 4)}}
         return {name: known.get(name.split(".")[0], 5) for name in state}
-    raise ModelError("--freeze and --lr_decay_by_part need a backbone of this project, whose parts are known")
+    raise ModelError(
+        "--freeze and --lr_decay_by_part: of this backbone no parts are known: give it a method part_of(name) -> 0 to 5"
+    )
 
 
 def freeze(backbone: nn.Module, parts: int) -> None:

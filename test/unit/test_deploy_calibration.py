@@ -74,6 +74,7 @@ def test_a_rate_that_cannot_be_had(far, words):
     emb = pairs_at(np.full(30, 1.5), np.random.default_rng(0))
     with pytest.raises(PairError, match=words):
         calibrate_pairs(emb, np.zeros(30, bool), far)
+    assert calibrate_pairs(emb, np.zeros(30, bool), [1e-3, 0.1, 0.2]).far == 0.1  # the first that is possible
 
 
 def test_broken_embeddings_are_refused():
@@ -108,6 +109,7 @@ def test_a_folder_of_people_with_broken_photos(tmp_path):
     said = []
     result = calibrate(Colours(), tmp_path, 0.05, say=said.append)
     assert result.same == 3 * 6 and result.different == 3 * 16 and result.tar == 1 and len(said) == 2
+    assert calibrate(Colours(), tmp_path, 0.1, say=said.append, people=["bob", "eve"]).different == 16
     with pytest.raises(DataError, match="is no pair set"):
         calibrate(Colours(), tmp_path / "ann", 0.05)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_deploy import RedFaces
 
 from deploy import photo_set
-from deploy.photo_set import RECORD, REPORT, Settings, align_folder
+from deploy.photo_set import RECORD, REPORT, Settings, align_folder, unaligned
 from runtime.errors import DataError
 
 
@@ -37,6 +37,21 @@ def photos(tmp_path, monkeypatch, detector):
 
 def made(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
+
+
+def test_photos_are_told_from_a_set(photos, tmp_path):
+    assert not unaligned(photos)  # one person is nobody to tell from others
+    (photos / "bob").mkdir()
+    (photos / "bob" / "1.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    assert unaligned(photos) and not unaligned(photos / "ann")
+    (photos / "label.txt").write_text("ann/two faces.png\tann\n")  # a gallery's list
+    assert unaligned(photos)
+    (photos / "train.rec").write_bytes(b"")
+    assert not unaligned(photos)
+    for person in "ab":
+        (tmp_path / "set" / person).mkdir(parents=True)
+        Image.new("RGB", (112, 112)).save(tmp_path / "set" / person / "1.png")
+    assert not unaligned(tmp_path / "set")
 
 
 def test_faces_keep_their_folders_and_every_photo_is_told(photos, tmp_path):

@@ -45,9 +45,13 @@ def test_parts_follow_the_resolution(net):
 
 
 def test_a_backbone_of_ones_own_has_no_known_parts():
-    with pytest.raises(ModelError, match="parts are known"):
+    with pytest.raises(ModelError, match="no parts are known"):
         freeze(torch.nn.Linear(2, 2), 1)
     freeze(torch.nn.Linear(2, 2), 0)
+    own = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    own.part_of = lambda name: 5 * int(name[0])
+    freeze(own, 3)
+    assert [value.requires_grad for value in own.parameters()] == [False, False, True, True]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,16 @@ def test_each_part_has_its_rate(trained):
         rates = {0.8 * 0.5 ** (5 - part[name_of[id(value)]]) for value in group["params"]}
         assert len(rates) == 1 and group["lr"] == pytest.approx(rates.pop())
     assert {round(group["lr"], 4) for group in learner.optimizer.param_groups} == {0.8, 0.4, 0.2}
+
+
+def test_a_run_to_be_resumed_begins_from_the_given_weights(trained, tmp_path):
+    learner, _ = trained
+    start = learner.recognizer.save(tmp_path / "start.pth")
+    config = replace(
+        learner.config, pth_path=str(start), is_finetune=True, resume="auto", work_path=str(tmp_path), embedding_size=8
+    )
+    given = Learner.from_config(config).backbone.state_dict()
+    assert all(torch.equal(value, given[name]) for name, value in learner.backbone.state_dict().items())
 
 
 def test_every_class_comes_equally_often():

@@ -494,8 +494,13 @@ def quickstart(project, root):
     (project / ".venv" / "bin" / "python").chmod(0o755)
     stamp = subprocess.run(["cksum", "requirements.txt"], cwd=project, capture_output=True, text=True).stdout
     (project / ".venv" / "requirements.stamp").write_text(stamp)
+    (project / "deploy").symlink_to(root / "deploy")
+    (project / "data").mkdir()
+    for path in (root / "data").glob("*.py"):
+        (project / "data" / path.name).symlink_to(path)
+    (project / "data" / "synthetic.py").unlink()
     for name in ("data/synthetic.py", "tools/contact_sheet.py"):
-        (project / name).parent.mkdir()
+        (project / name).parent.mkdir(exist_ok=True)
         (project / name).write_text(f"import sys\nprint({name!r}, sys.argv[1:])\n")
 
     def run(*arguments, cwd=project, shell="bash"):

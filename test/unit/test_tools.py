@@ -181,6 +181,13 @@ def test_images_to_recordio_with_people_apart(tmp_path):
         assert trained[names[bytes(data)]] == label == dataset.labels[row]
     apart = {names[data] for data in read_bin(tmp_path / "out/val.bin")[0]}
     assert len(trained) == 12 and not apart & set(trained)
+    assert set((tmp_path / "out/val_people.txt").read_text().split()) == set(names.values()) - set(trained)
+    few = ("--image_path", people, "--output_dir", tmp_path / "few", "--val_share=0.01")
+    assert (
+        "too few people" in run("images_2_recordio", *few, "--val_pairs=60").stderr and not (tmp_path / "few").exists()
+    )
+    assert run("images_2_recordio", *few).returncode == 0  # two people of four images
+    assert len(read_bin(tmp_path / "few/val.bin")[0]) == 40
     assert run("images_2_recordio", *arguments).stderr.startswith("error: ")
     (people / "p03/p03_0001.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match="p03_0001.jpg"):
