@@ -14,6 +14,7 @@ import hashlib
 import os
 import random
 import shutil
+import struct
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,12 +30,13 @@ from runtime.errors import DataError
 
 MEMORY = 1 << 30
 _MOST_RANKS = 1 << 16
-_PIECES_A_WORKER = 4  # what a process holds of a piece or a bucket: its bytes, and the list of its lines
+_PIECES_A_WORKER = 3  # what a process holds of a piece or a bucket: its bytes, those in order, and where lines are
 _MAX_LINE = 64 << 20
 _MAX_DIGITS = 18  # of a label
 _AT_ONCE = 1024  # parts that one write takes, as systems bound it
+_IN_CACHE = 1 << 17
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-_TABLE = np.dtype([("at", "<i8"), ("size", "<i8"), ("count", "<i8")])  # of a piece's file: where each bucket begins
+_HEAD = "<qq"  # lines and bytes of them that a piece adds to a bucket
 _ENTRY = np.dtype([("key", "<u8"), ("length", "<u4")])  # of a line; packed, 12 bytes
 _SCRATCH = ".process_base64_files"
 
@@ -95,7 +97,7 @@ def shuffle(
         for more, longer in spread(divide, jobs, workers, "reading", "B", lambda piece: piece.stop - piece.start):
             lines += more
             sizes += longer
-        made = _write(scratch, len(jobs), lines.tolist(), sizes.tolist(), nranks, seed, workers)
+        made = _write(scratch, lines.tolist(), sizes.tolist(), nranks, seed, workers)
         return _publish(root, list_path, made)
 
 
@@ -111,47 +113,77 @@ def _pieces(parts: list[Path], unit: int) -> list[_Piece]:
 # --- first pass -------------------------------------------------------------------------------------------------------
 
 
+class _Lines(NamedTuple):
+    """Lines as `base64<TAB>label<NEWLINE>` in `text`; a blank one has no length."""
+
+    text: memoryview
+    starts: np.ndarray  # int64, bytes of text
+    lengths: np.ndarray  # int64
+    keys: np.ndarray  # uint64
+
+
 def _divide(piece: _Piece, folder: Path, buckets: int, seed: int, label_first: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Writes the piece's lines to `folder` in the order of their keys, before them for each bucket where its lines
-    begin. How many lines, and how many bytes of them, went into each bucket."""
-    texts, keys = _keyed(piece, seed, label_first)
-    lengths = np.fromiter(map(len, texts), np.uint32, len(texts))
+    """Appends the piece's lines to the buckets' files in `folder`: for each bucket how many lines and bytes, the lines'
+    keys and lengths, the lines. Returns how many lines, and how many bytes of them, went into each bucket."""
+    text, starts, lengths, keys = _keyed(piece, seed, label_first, partial(_reused, "in"))
     order = np.argsort(keys, kind="stable")
     order = order[lengths[order] > 0]
-    keys, lengths = keys[order], lengths[order]
+    keys, starts, lengths = keys[order], starts[order], lengths[order]
     # exact whole numbers: a bucket is [bucket, bucket + 1) * 2^64 / buckets
     edges = np.array([-(-(bucket << 64) // buckets) for bucket in range(1, buckets)], np.uint64)
     firsts = np.array([0, *np.searchsorted(keys, edges), len(keys)])
-    counts = np.diff(firsts)
-    sizes = np.diff(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)[firsts])
-    table = np.zeros(buckets, _TABLE)
-    table["count"], table["size"] = counts, sizes
-    spans = counts * _ENTRY.itemsize + sizes
-    table["at"] = table.nbytes + np.cumsum(spans) - spans
+    places = np.concatenate([[0], np.cumsum(lengths)])
+    out = _reused("out", int(places[-1]))
+    _gather(text, starts, lengths, out, places[:-1])
     entries = np.zeros(len(keys), _ENTRY)
     entries["key"], entries["length"] = keys, lengths
-    written, packed = [table.tobytes()], memoryview(entries.tobytes())
-    ordered = [texts[row] for row in order.tolist()]
-    for first, stop in zip(firsts[:-1].tolist(), firsts[1:].tolist()):
-        written.append(packed[first * _ENTRY.itemsize : stop * _ENTRY.itemsize])
-        written += ordered[first:stop]
-    with open(folder / f"piece_{piece.number}", "wb", buffering=0) as file:
-        _write_all(file.fileno(), written)
+    packed = memoryview(entries.tobytes())
+    counts, sizes = np.diff(firsts), np.diff(places[firsts])
+    for bucket in np.flatnonzero(counts).tolist():
+        first, stop = firsts[bucket], firsts[bucket + 1]
+        head = struct.pack(_HEAD, counts[bucket], sizes[bucket])
+        with open(folder / f"bucket_{bucket}", "ab", buffering=0) as file:  # in one write: others append to it too
+            mine = packed[first * _ENTRY.itemsize : stop * _ENTRY.itemsize]
+            _write_all(file.fileno(), [head, mine, out[places[first] : places[stop]]])
     return counts, sizes
 
 
-def _keyed(piece: _Piece, seed: int, label_first: bool) -> tuple[list, np.ndarray]:
-    """(the lines of a piece, a blank one as nothing; their keys)."""
-    begin, data = _own_lines(piece)
-    ends = _plain(data, label_first)
+_blocks: dict = {}
+
+
+def _reused(use: str, size: int) -> memoryview:
+    """`size` bytes that stay this process's and are overwritten at the next call for that use: the system clears new
+    memory page by page, which takes longer than to fill it."""
+    if len(_blocks.get(use, b"")) < size:
+        _blocks.pop(use, None)
+        _blocks[use] = bytearray(size)
+    return memoryview(_blocks[use])[:size]
+
+
+def _gather(source: memoryview, starts: np.ndarray, lengths: np.ndarray, out: memoryview, places: np.ndarray) -> None:
+    """Copies each line of `source` to its place in `out`."""
+    for some in range(0, len(starts), _AT_ONCE):
+        rows = slice(some, some + _AT_ONCE)
+        begins, ats, sizes = starts[rows], places[rows], lengths[rows]
+        for start, stop, at, end in zip(
+            begins.tolist(), (begins + sizes).tolist(), ats.tolist(), (ats + sizes).tolist()
+        ):
+            out[at:end] = source[start:stop]
+
+
+def _keyed(piece: _Piece, seed: int, label_first: bool, memory) -> _Lines:
+    """The lines of a piece and their keys. memory: number of bytes -> what they are read into."""
+    begin, text = _own_lines(piece, memory)
+    ends = _plain(text, label_first)
     if ends is not None:
-        view, starts = memoryview(data), np.concatenate([[0], ends[:-1]])
-        texts = [view[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
-    else:
-        lines = data.split(b"\n")
-        starts = np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])[:-1]]).astype(np.int64)
-        texts = [_checked(*one, label_first, piece.path) for one in zip(lines, (begin + starts).tolist())]
-    return texts, _keys(seed, piece.part, (begin + starts).astype(np.uint64))
+        starts = np.concatenate([[0], ends[:-1]])
+        return _Lines(text, starts, ends - starts, _keys(seed, piece.part, (begin + starts).astype(np.uint64)))
+    lines = bytes(text).split(b"\n")
+    places = begin + np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])[:-1]]).astype(np.int64)
+    lines = [_checked(*one, label_first, piece.path) for one in zip(lines, places.tolist())]
+    lengths = np.fromiter(map(len, lines), np.int64, len(lines))
+    keys = _keys(seed, piece.part, places.astype(np.uint64))
+    return _Lines(memoryview(b"".join(lines)), np.cumsum(lengths) - lengths, lengths, keys)
 
 
 def _write_all(descriptor: int, parts: list) -> None:
@@ -162,41 +194,54 @@ def _write_all(descriptor: int, parts: list) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _own_lines(piece: _Piece) -> tuple[int, bytes]:
+def _own_lines(piece: _Piece, memory) -> tuple[int, memoryview]:
     """The lines that begin in the piece, and the byte of the file where the first of them begins."""
     with open(piece.path, "rb") as file:
-        if piece.start:
-            file.seek(piece.start - 1)
-            file.readline(_MAX_LINE)
-        begin = file.tell()
-        data = file.read(piece.stop - begin) if begin < piece.stop else b""
-        if data and not data.endswith(b"\n"):
-            rest = file.readline(_MAX_LINE)
-            if len(rest) == _MAX_LINE:
-                raise DataError(f"{piece.path}: a line of more than {_MAX_LINE} bytes: this is no base64 list")
-            data += rest
-    return begin, data
+        begin, end = (_next_line(file, at, piece.path) for at in (piece.start, piece.stop))
+        file.seek(begin)
+        text = memory(end - begin)
+        return begin, text[: file.readinto(text)]
 
 
-def _plain(data: bytes, label_first: bool) -> Optional[np.ndarray]:
-    """Where the lines of `data` end, if all of them are exactly `base64<TAB>label<NEWLINE>`; else None. Looks at all of
+def _next_line(file, at: int, path: Path) -> int:
+    """Where the first line begins that does so at this byte or behind it."""
+    if not at:
+        return 0
+    file.seek(at - 1)
+    rest = file.readline(_MAX_LINE)
+    if len(rest) == _MAX_LINE:
+        raise DataError(f"{path}: a line of more than {_MAX_LINE} bytes: this is no base64 list")
+    return at - 1 + len(rest)
+
+
+def _plain(text: memoryview, label_first: bool) -> Optional[np.ndarray]:
+    """Where the lines of `text` end, if all of them are exactly `base64<TAB>label<NEWLINE>`; else None. Looks at all of
     them at once."""
-    if label_first or not data.endswith(b"\n") or data.translate(None, _ALPHABET + b"=\t\n"):
+    if label_first or not len(text):
         return None
-    bytes_N = np.frombuffer(data, np.uint8)
-    ends, tabs = np.flatnonzero(bytes_N == ord("\n")), np.flatnonzero(bytes_N == ord("\t"))
-    begins = np.concatenate([[0], ends[:-1] + 1])
-    if len(tabs) != len(ends) or not ((begins < tabs) & (tabs < ends)).all():
+    bytes_N, ends, others, equals = np.frombuffer(text, np.uint8), [], [], 0
+    for at in range(0, len(text), _IN_CACHE):
+        some = bytes(text[at : at + _IN_CACHE])
+        others.append(some.translate(None, _ALPHABET + b"="))
+        equals += some.count(b"=")
+        ends.append(at + np.flatnonzero(bytes_N[at : at + _IN_CACHE] == ord("\n")))
+    ends = np.concatenate(ends)
+    if b"".join(others) != b"\t\n" * len(ends):
         return None
-    images, labels = tabs - begins, ends - tabs - 1
-    if (images % 4).any() or labels.min() < 1 or labels.max() > _MAX_DIGITS:
+    # the last bytes of each line from behind: its label, a tab, and what comes before
+    tail_LK = bytes_N[np.maximum(ends[:, None] - np.arange(1, _MAX_DIGITS + 2), 0)]
+    is_tab_LK = tail_LK == ord("\t")
+    labels = is_tab_LK.argmax(1)  # digits before the tab
+    tabs, rows = ends - labels - 1, np.arange(len(ends))
+    images = tabs - np.concatenate([[0], ends[:-1] + 1])
+    if not is_tab_LK.any(1).all() or labels.min() < 1 or images.min() < 1 or (images % 4).any():
+        return None
+    of_label_LK = np.arange(_MAX_DIGITS + 1) < labels[:, None]
+    leading_zero = (tail_LK[rows, labels - 1] == ord("0")) & (labels > 1)
+    if (of_label_LK & ((tail_LK < ord("0")) | (tail_LK > ord("9")))).any() or leading_zero.any():
         return None
     last, before = bytes_N[tabs - 1] == ord("="), bytes_N[tabs - 2] == ord("=")
-    if (before & ~last).any() or data.count(b"=") != last.sum() + before.sum():
-        return None
-    digits = bytes_N[np.repeat(tabs + 1 - np.cumsum(labels) + labels, labels) + np.arange(labels.sum())]
-    leading_zero = (bytes_N[tabs + 1] == ord("0")) & (labels > 1)
-    if (digits < ord("0")).any() or (digits > ord("9")).any() or leading_zero.any():
+    if (before & ~last).any() or equals != last.sum() + before.sum():
         return None
     return ends + 1
 
@@ -242,7 +287,7 @@ def _keys(seed: int, part: int, offsets: np.ndarray) -> np.ndarray:
 # --- second pass ------------------------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, pieces: int, lines: list, sizes: list, nranks: int, seed: int, workers: int) -> list[Path]:
+def _write(folder: Path, lines: list, sizes: list, nranks: int, seed: int, workers: int) -> list[Path]:
     """The output parts, in `folder`. lines, sizes: of each bucket."""
     count = sum(lines)
     if not count:
@@ -258,7 +303,7 @@ def _write(folder: Path, pieces: int, lines: list, sizes: list, nranks: int, see
         edges = [begins[bucket], *cuts, begins[bucket + 1]]
         lengths = [sizes[bucket]]
         if cuts:
-            ordered = _load(bucket, folder, pieces)[1]
+            ordered = _load(folder / f"bucket_{bucket}", lines[bucket])[1]
             lengths = [
                 int(ordered[start - begins[bucket] : stop - begins[bucket]].sum())
                 for start, stop in zip(edges, edges[1:])
@@ -278,13 +323,14 @@ def _write(folder: Path, pieces: int, lines: list, sizes: list, nranks: int, see
     for at in set(drawn):
         bucket = bisect_right(begins, at) - 1
         wanted[bucket].append(at - begins[bucket])
-    jobs = [job for job in zip(range(len(lines)), slices, wanted) if lines[job[0]]]
-    place = partial(_place, folder=folder, pieces=pieces, made=made)
+    jobs = [job for job in zip(range(len(lines)), lines, sizes, slices, wanted) if lines[job[0]]]
+    # processes that write to one file wait for each other: each has a stretch of the output
+    apart = -(-len(jobs) // workers)
+    jobs = [job for first in range(apart) for job in jobs[first::apart]]
+    place = partial(_place, folder=folder, made=made)
     texts = {}
-    for (bucket, _slices, _wanted), given in zip(
-        jobs, spread(place, jobs, workers, "writing", "B", lambda job: sizes[job[0]])
-    ):
-        texts.update({begins[bucket] + at: text for at, text in given.items()})
+    for job, given in zip(jobs, spread(place, jobs, workers, "writing", "B", lambda job: job[2])):
+        texts.update({begins[job[0]] + at: text for at, text in given.items()})
     for at, source in enumerate(drawn, start=count):
         with open(made[at // length], "ab") as file:
             file.write(texts[source])
@@ -297,9 +343,14 @@ def _write_at_once(
     """The output parts, in `folder`, of a set that fits into memory: the same as in two passes."""
     unit = max(1, sum(part.stat().st_size for part in parts) // (4 * workers))
     with ThreadPoolExecutor(workers) as threads:  # reading and writing need no interpreter
-        keyed = list(threads.map(partial(_keyed, seed=seed, label_first=label_first), _pieces(parts, unit)))
-        texts = [text for lines, _keys_of in keyed for text in lines]
-        order = np.argsort(np.concatenate([keys for _lines, keys in keyed]), kind="stable") if keyed else []
+        read = partial(_keyed, seed=seed, label_first=label_first, memory=lambda size: memoryview(bytearray(size)))
+        keyed = list(threads.map(read, _pieces(parts, unit)))
+        texts = [
+            lines.text[start:stop]
+            for lines in keyed
+            for start, stop in zip(lines.starts.tolist(), (lines.starts + lines.lengths).tolist())
+        ]
+        order = np.argsort(np.concatenate([lines.keys for lines in keyed]), kind="stable") if keyed else []
         ordered = [texts[row] for row in order if texts[row]]
         if not ordered:
             raise DataError("the list's part files hold no line")
@@ -324,37 +375,37 @@ def _draw(count: int, shortfall: int, seed: int) -> list[int]:
     return drawn
 
 
-def _load(bucket: int, folder: Path, pieces: int) -> tuple[list, np.ndarray]:
-    """(the lines of a bucket in the order of keys, their lengths)."""
-    lines, entries = [], []
-    for number in range(pieces):
-        descriptor = os.open(f"{folder}/piece_{number}", os.O_RDONLY)
-        try:
-            row = os.pread(descriptor, _TABLE.itemsize, bucket * _TABLE.itemsize)
-            at, size, count = np.frombuffer(row, _TABLE)[0].tolist()
-            both = os.pread(descriptor, count * _ENTRY.itemsize + size, at)
-        finally:
-            os.close(descriptor)
-        entries.append(both[: count * _ENTRY.itemsize])
-        ends = np.cumsum(np.frombuffer(entries[-1], _ENTRY)["length"], dtype=np.int64) + len(entries[-1])
-        view, begin = memoryview(both), len(entries[-1])
-        for end in ends.tolist():
-            lines.append(view[begin:end])
-            begin = end
-    entries = np.frombuffer(b"".join(entries), _ENTRY)
+def _load(path: Path, count: int, text: Optional[memoryview] = None) -> tuple[np.ndarray, np.ndarray]:
+    """(where a bucket's lines begin in `text`, in the order of their keys; their lengths). text: is filled with them,
+    where it is given."""
+    entries, at, done, read = np.zeros(count, _ENTRY), 0, 0, 0
+    packed = memoryview(entries.view(np.uint8))
+    with open(path, "rb", buffering=0) as file:
+        while done < len(packed):
+            lines, size = struct.unpack(_HEAD, os.pread(file.fileno(), struct.calcsize(_HEAD), at))
+            length = lines * _ENTRY.itemsize
+            into = [packed[done : done + length]] + ([] if text is None else [text[read : read + size]])
+            os.preadv(file.fileno(), into, at + struct.calcsize(_HEAD))
+            at, done, read = at + struct.calcsize(_HEAD) + length + size, done + length, read + size
     order = np.argsort(entries["key"], kind="stable")
-    return [lines[row] for row in order.tolist()], entries["length"][order]
+    lengths = entries["length"].astype(np.int64)
+    return (np.cumsum(lengths) - lengths)[order], lengths[order]
 
 
-def _place(job, folder: Path, pieces: int, made: list[Path]) -> dict[int, bytes]:
+def _place(job, folder: Path, made: list[Path]) -> dict[int, bytes]:
     """Writes one bucket to where it belongs; the lines asked for, by their position in the bucket."""
-    number, slices, wanted = job
-    lines, _lengths = _load(number, folder, pieces)
+    number, count, size, slices, wanted = job
+    path = folder / f"bucket_{number}"
+    text, out = _reused("in", size), _reused("out", size)
+    starts, lengths = _load(path, count, text)
+    path.unlink()  # its memory in the system's cache is the output's next
+    places = np.concatenate([[0], np.cumsum(lengths)])
+    _gather(text, starts, lengths, out, places[:-1])
     for piece in slices:
         with open(made[piece.part], "r+b", buffering=0) as file:
             file.seek(piece.offset)
-            _write_all(file.fileno(), lines[piece.start : piece.stop])
-    return {row: bytes(lines[row]) for row in wanted}
+            _write_all(file.fileno(), [out[places[piece.start] : places[piece.stop]]])
+    return {row: bytes(out[places[row] : places[row + 1]]) for row in wanted}
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

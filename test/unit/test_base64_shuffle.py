@@ -167,6 +167,6 @@ def test_an_interrupted_run_leaves_the_input_and_the_next_one_starts_afresh(tmp_
             shuffle(tmp_path, "file_list.txt", 2, memory=1000, workers=1)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
     (tmp_path / ".process_base64_files").mkdir()  # of a run that was killed
-    (tmp_path / ".process_base64_files" / "piece_0").write_text("torn")
+    (tmp_path / ".process_base64_files" / "bucket_0").write_text("torn")
     shuffle(tmp_path, "file_list.txt", 2, workers=1)
     assert sorted(line for part in output(tmp_path) for line in part) == sorted(before)
