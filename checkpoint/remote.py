@@ -73,8 +73,8 @@ class Store:
         _set_timeout(self._fs)
 
     def said(self, error) -> str:
-        """An error's text as one line, without the password."""
-        return printable(without_passwords(f"{type(error).__name__}: {error}"[:4000], self._secret))
+        """The first line of an error's text (Hadoop's are followed by where they arose), without the password."""
+        return printable(without_passwords(_text(error).split("\n", 1)[0][:4000], self._secret))
 
     def try_out(self, give_up_s: float = 30.0, first_wait_s: float = 1.0) -> None:
         """Writes a small file there, reads it back and removes it, so that a wrong address or login is known now and
@@ -167,7 +167,7 @@ class Store:
             try:
                 block = file.read(BLOCK_BYTES)
             except OSError as error:
-                raise _Away(f"{type(error).__name__}: {error}") from error
+                raise (_Refused if _is_refusal(error) else _Away)(_text(error)) from error
             self.moved_at = time.monotonic()
             if not block:
                 break
@@ -191,8 +191,30 @@ class _Hangs(Exception):
     """A store that neither answers nor fails."""
 
 
+class _Refused(Exception):
+    """A read from a file was refused."""
+
+
 class _Away(Exception):
     """A read from a file failed. Not an OSError, which is what the local disk says when it refuses a write."""
+
+
+def _text(error) -> str:
+    """What the server's answer says where there is one (WebHDFS), else the error's own text."""
+    try:
+        said = error.response.json()["RemoteException"]["message"]
+    except Exception:  # no answer, or one that is no WebHDFS
+        said = error
+    return f"{type(error).__name__}: {said}"
+
+
+def _is_refusal(error) -> bool:
+    """Whether the store says no: login or right are missing, or a quota is full. Safe mode ends by itself."""
+    text = _text(error).lower()
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if "safe mode" in text:
+        return False
+    return isinstance(error, PermissionError) or status in (401, 403) or "quota" in text and "exceeded" in text
 
 
 def _inside(name: str, root: str, url: str) -> str:
@@ -225,16 +247,19 @@ def _patiently(store: Store, what: str, action, give_up_s: float, first_wait_s: 
     """action() until it succeeds; raises the last error when give_up_s have passed since the first failure, or since
     progress() last grew.
 
-    What no waiting cures (a refused login, a hostile listing, a full local disk, a store that does nothing at all for
-    SILENCE_S) is raised at once, and damaged bytes at their third time: a whole file went over the wire for each.
+    What no waiting cures (a refused login or right, a quota that is full, a hostile listing, a full local disk, a store
+    that does nothing at all for SILENCE_S) is raised at once, and damaged bytes at their third time: a whole file went
+    over the wire for each.
     """
     wait_s, since, damaged, got = first_wait_s, None, 0, progress()
     while True:
         try:
             return _watched(store, action)
-        except (PermissionError, CheckpointError, _Hangs):
+        except (CheckpointError, _Hangs, _Refused):
             raise
         except Exception as error:  # each protocol has its own classes for a store that is away
+            if _is_refusal(error):
+                raise
             if progress() > got:
                 wait_s, since, got = first_wait_s, None, progress()
             since = since or time.monotonic()

@@ -22,6 +22,9 @@ class Disk:
         self.refusals = 0  # how many requests still get 503
         self.requests = []  # (method, path, query, headers)
         self.damage = None  # function of (path, bytes) -> the bytes to keep
+        self.refuse = (
+            None  # WebHDFS: function of (operation, whether it is the data node) -> (status, exception, message)
+        )
         self.listing = None  # WebHDFS: function of (path, entries) -> entries
         self.password = None  # (user, password) that basic authentication must give
         self.url = ""
@@ -94,6 +97,9 @@ class WebHDFS(_Handler):
             expected = "Basic " + base64.b64encode(":".join(self.disk.password).encode()).decode()
             if self.headers.get("Authorization") != expected:
                 return self.refuse(401, "AccessControlException", "who are you?")
+        refusal = self.disk.refuse and self.disk.refuse(self.query["op"].upper(), self.where.startswith("/data/"))
+        if refusal:
+            return self.refuse(*refusal)
         if self.where.startswith("/data/"):
             return self.data(self.where[len("/data") :])
         path = posixpath.normpath(self.where[len("/webhdfs/v1") :] or "/")
@@ -103,6 +109,8 @@ class WebHDFS(_Handler):
         self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
 
     def refuse(self, status, name, message):
+        if name is None:  # what stands before the cluster, as a gateway with a login
+            return self.answer(status, message.encode(), Content_Type="text/html")
         self.answer(status, json.dumps({"RemoteException": {"exception": name, "message": message}}).encode())
 
     def redirect(self, path):

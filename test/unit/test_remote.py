@@ -204,6 +204,59 @@ def test_a_refused_login_is_not_asked_again(hdfs, tmp_path):
         download(store, tmp_path / "back", give_up_s=30)
 
 
+DENIED = 'Permission denied: user=name, access=WRITE, inode="/models":hdfs:hdfs:drwxr-xr-x\n\tat org.apache.hadoop...'
+QUOTA = "The DiskSpace quota of /models is exceeded: quota = 10 B = 10 B but diskspace consumed = 4321 B\n\tat org..."
+
+
+@pytest.mark.parametrize(
+    "operation,on_data_node,status,exception,message,says",
+    [
+        ("CREATE", False, 403, "AccessControlException", DENIED, "Permission denied: user=name, access=WRITE"),
+        ("CREATE", True, 403, "AccessControlException", DENIED, "Permission denied: user=name, access=WRITE"),
+        ("MKDIRS", False, 401, None, "<html>Authentication required</html>", "401 Client Error"),
+        ("MKDIRS", False, 403, None, "<html>GSSException: Defective token detected</html>", "403 Client Error"),
+        ("APPEND", True, 403, "DSQuotaExceededException", QUOTA, "DiskSpace quota of /models is exceeded"),
+        ("CREATE", False, 403, "NSQuotaExceededException", QUOTA, "DiskSpace quota of /models is exceeded"),
+        ("CREATE", False, 403, "SafeModeException", "Cannot create file. Name node is in safe mode.", "safe mode"),
+    ],
+)
+def test_a_store_that_refuses_a_write(
+    hdfs, tmp_path, caplog, operation, on_data_node, status, exception, message, says
+):
+    file, _folder = checkpoints(tmp_path)
+    hdfs.refuse = lambda op, data: (status, exception, message) if (op, data) == (operation, on_data_node) else None
+    before, asked = file.read_bytes(), says == "safe mode"
+    store = hdfs_store(hdfs)
+    with pytest.raises(CheckpointError, match=f"nothing can be kept there.*{says}") as caught:
+        store.try_out(give_up_s=0.1 if asked else 30, first_wait_s=0.01)
+    assert len(hdfs.requests) < 12 or asked  # what no waiting cures is asked once
+    assert upload(store, file, give_up_s=0.1 if asked else 30) == [file]
+    assert "\n" not in str(caught.value) and "pass,word" not in caplog.text + str(caught.value)
+    assert says in caplog.text and file.read_bytes() == before
+    hdfs.refuse = None
+    assert upload(store, file) == []
+
+
+@pytest.mark.parametrize(
+    "operation,status,exception,message,says",
+    [
+        ("LISTSTATUS", 403, "AccessControlException", DENIED, "Permission denied"),
+        ("LISTSTATUS", 401, None, "<html>Authentication required</html>", "401 Client Error"),
+        ("OPEN", 403, "AccessControlException", DENIED, "Permission denied"),
+    ],
+)
+def test_a_store_that_refuses_a_read(hdfs, tmp_path, operation, status, exception, message, says):
+    file, _folder = checkpoints(tmp_path)
+    store = hdfs_store(hdfs)
+    assert upload(store, file) == []
+    hdfs.refuse = lambda op, data: (status, exception, message) if op == operation else None
+    hdfs.requests.clear()
+    with pytest.raises(CheckpointError, match=f"not downloaded.*{says}") as caught:
+        download(store, tmp_path / "back", give_up_s=30)
+    assert "\n" not in str(caught.value) and len(hdfs.requests) < 12
+    assert files_below(tmp_path / "back") == {}
+
+
 def test_no_password_in_any_message(hdfs, tmp_path, caplog):
     file, _folder = checkpoints(tmp_path)
     hdfs.password = ("name", "other")
