@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from runtime.device import Device, owns_gradients
 from runtime.errors import OptimError
+
+logger = logging.getLogger(__name__)
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # the base class has no public name
 
@@ -198,21 +201,32 @@ def range_figure(rates: Sequence[float], losses: Sequence[float]):
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[str, torch.Tensor]) -> dict:
-    """{"state": {parameter name: {"momentum_buffer": tensor}}}, half precision widened to fp32.
+    """{"kind": of the optimizer, "state": {parameter name: {"momentum_buffer": tensor}}}, half precision widened to
+    fp32; of other optimizers than SGD whatever tensors and numbers they keep.
 
     names: what is optimised under each name (Precision.names). Learning rate, decay and momentum are left out:
     config and schedule say them. So the state fits every precision policy, SGD kind and torch version.
     """
     state = {}
     for name, p in names.items():
-        values = {k: v for k, v in optimizer.state.get(p, {}).items() if isinstance(v, torch.Tensor)}
-        state[name] = {k: v.detach().float() if v.element_size() < 4 else v.detach() for k, v in values.items()}
-    return {"state": state}
+        values = {k: v for k, v in optimizer.state.get(p, {}).items() if isinstance(v, (torch.Tensor, int, float))}
+        state[name] = {k: _kept(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+    return {"kind": _kind(optimizer), "state": state}
+
+
+def _kept(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().float() if value.element_size() < 4 else value.detach()
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """Optimizers of one kind go on from each other's state."""
+    return "SGD" if owns_gradients(optimizer) else type(optimizer).__name__
 
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict, names: Mapping[str, torch.Tensor]) -> None:
-    """Writes what optimizer_state() gave into this optimizer, in place, in the types that it holds.
+    """Writes what optimizer_state() gave into this optimizer, in place, in the types that it holds. The state of
+    another kind of optimizer is of no use to it: then it begins anew, and says so.
 
     Raises OptimError where a name is missing, unknown or of another shape; the optimizer is then as it was.
     """
@@ -225,16 +239,38 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict, names: M
             f"the optimizer state is of another network: it lacks {len(missing)} parameters of this one"
             f"{_first(missing)}, and has {len(unknown)} more{_first(unknown)}"
         )
+    kind = saved.get("kind", "SGD")
+    if kind != _kind(optimizer):
+        logger.warning("the checkpoint's optimizer is %.40r: %s begins anew", kind, _kind(optimizer))
+        return
+    if any(state.values()) and not any(optimizer.state.get(p) for p in names.values()):
+        _make_state(optimizer)
     for name, p in names.items():
         for key, own in optimizer.state.get(p, {}).items():
             value = state[name].get(key)
             if isinstance(own, torch.Tensor) and getattr(value, "shape", None) != own.shape:
                 found = "nothing" if value is None else list(getattr(value, "shape", []))
                 raise OptimError(f"optimizer state, {key} of '{name}': {found} where {list(own.shape)} is needed")
+            if isinstance(own, (int, float)) and type(value) is not type(own):
+                raise OptimError(f"optimizer state, {key} of '{name}': {value!r:.40} where a number is needed")
     for name, p in names.items():
         for key, own in optimizer.state.get(p, {}).items():
             if isinstance(own, torch.Tensor):
                 own.copy_(state[name][key])
+            elif isinstance(own, (int, float)):
+                optimizer.state[p][key] = state[name][key]
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """torch's optimizers make their state at the first step: one that moves nothing, before any gradient is there."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_lr(optimizer, 0.0)
+    for p in _parameters(optimizer):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, lr in zip(optimizer.param_groups, rates):
+        group["lr"] = lr
 
 
 def _first(lacking: list[str]) -> str:

@@ -61,6 +61,8 @@ class Centers:
             raise ModelError(f"momentum in {momentum_dtype}: choose from {', '.join(map(str, MOMENTUM_DTYPES))}")
         self.shard, self.width, self.bias, self.seed = shard, width, bias, seed
         self.momentum_factor, self.weight_decay = momentum, weight_decay
+        # what the learning rate is multiplied with, of the rows and of the bias; a decay of the bias's own
+        self.rate, self.bias_rate, self.bias_decay = 1.0, 1.0, None
         self.device = torch.device(device or "cpu")
         self.dtype, self.work_dtype = dtype, accumulate_dtype(dtype)
         if dtype == torch.float64 and momentum_dtype == torch.float32:
@@ -194,7 +196,10 @@ class Update:
     """
 
     def __init__(self, centers: Centers, lr: float, index_R=None, index_on_host=None, keep=None, kernel=None):
-        self.centers, self.lr, self.keep, self.kernel = centers, lr, keep, kernel
+        self.centers, self.lr, self.keep = centers, lr * centers.rate, keep
+        self.bias_lr = lr * centers.bias_rate if centers.bias else self.lr
+        # a kernel knows one rate and one decay
+        self.kernel = kernel if self.bias_lr == self.lr and centers.bias_decay is None else None
         self.rows, self.index_on_host = centers.rows(index_R), index_on_host
         self.seed = (
             centers.seed * 0x9E3779B1 + centers.updates * 0x85EBCA77 + centers.shard.start * 0x27D4EB2F
@@ -228,12 +233,16 @@ class Update:
             grad_KW.add_(weight_KW, alpha=centers.weight_decay)
         else:
             grad_KW.addcmul_(weight_KW, (centers.weight_decay - along_K)[:, None])
+        if centers.bias_decay is not None:
+            grad_KW[:, -1].add_(weight_KW[:, -1], alpha=centers.bias_decay - centers.weight_decay)
         if momentum is not None:
             old_KW = momentum.read(place)  # it may be the table itself
             out_KW = old_KW if keep is None else grad_KW
             grad_KW = torch.add(grad_KW, old_KW, alpha=centers.momentum_factor, out=out_KW)
             momentum.write(place, grad_KW, centers.generator, keep)
         weight_KW = torch.add(weight_KW, grad_KW, alpha=-self.lr, out=weight_KW if keep is None else None)
+        if self.bias_lr != self.lr:
+            weight_KW[:, -1].sub_(grad_KW[:, -1], alpha=self.bias_lr - self.lr)
         centers.table.write(where, weight_KW, centers.generator, keep)
         if centers.inverse_C is not None:
             if centers.dtype != centers.work_dtype:  # a rounded row has another length

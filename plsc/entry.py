@@ -278,7 +278,6 @@ class Entry:
                 dim * 2 / (dim + classes) if spread else dim * 2 / classes if loss_type == "arcface" else 1 / 3
             )
             ** 0.5,
-            head_lr_factor=self._head_rate(),
             top5=bool(self.calc_train_acc),
             data_mode="",
             data_path=self.dataset_dir,
@@ -323,10 +322,6 @@ class Entry:
         known = ", ".join(name for name in MODELS if name != "RestNet50")
         ours = ", ".join(f"{name}_100" if one.depths else name for name, one in model.BACKBONES.items())
         raise ConfigError(f"model_name '{self.model_name}': choose from {known}, or a backbone as {ours}")
-
-    def _head_rate(self) -> float:
-        attribute = self.param_attr
-        return 1.0 if attribute is None else attribute.learning_rate if attribute.trainable else 0.0
 
     def _check_loss(self) -> None:
         if self.loss_type.startswith("dist_") and self.num_trainers < 2:

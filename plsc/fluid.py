@@ -74,6 +74,13 @@ class ParamAttr:
         if gradient_clip is not None or do_model_average:
             raise ModelError("ParamAttr: gradient_clip and do_model_average are not here: leave them out")
 
+    @property
+    def rate(self) -> float:
+        return float(self.learning_rate) if self.trainable else 0.0
+
+    def decay(self, otherwise: float) -> float:
+        return otherwise if self.regularizer is None else float(self.regularizer.coefficient)
+
 
 @torch.no_grad()
 def initialize(tensor: torch.Tensor, how, default=None) -> None:
@@ -85,7 +92,13 @@ def initialize(tensor: torch.Tensor, how, default=None) -> None:
     elif callable(how):
         how(tensor)
     else:
-        tensor.copy_(torch.as_tensor(how, dtype=tensor.dtype).expand_as(tensor))
+        value = torch.as_tensor(how, dtype=tensor.dtype)
+        try:
+            tensor.copy_(value.expand_as(tensor))
+        except RuntimeError:
+            raise ModelError(
+                f"an initial value of shape {list(value.shape)} is none for a parameter of shape {list(tensor.shape)}"
+            ) from None
 
 
 def _fans(tensor: torch.Tensor) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from contextlib import contextmanager
 from typing import Optional
 
@@ -48,7 +49,7 @@ class Trainer(FolderAPass, Learner):
         self._set_optimizer()
         self._set_head(entry.param_attr, entry.bias_attr)
         if entry.use_fp16 and entry.amp_lists is not None:
-            entry.amp_lists.apply(self.backbone)
+            entry.amp_lists.apply(self.backbone, self.precision.policy.compute)
         self._sums, self._count, self._seconds, self._of_pass = 0, 0, 0.0, 0.0
 
     def _ended(self, steps: int) -> None:
@@ -78,9 +79,18 @@ class Trainer(FolderAPass, Learner):
                 f"set_optimizer: the factory gave a {type(self.optimizer).__name__}, not a torch optimizer"
             )
 
+        rates, taken = [group["lr"] for group in self.optimizer.param_groups], 0
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr_factor"] = rate / rates[0] if rates[0] else 1.0
+
         def schedule(step: int) -> float:
-            if scheduler is not None and step > self.progress.step - 1 and step:
-                scheduler.step()
+            nonlocal taken
+            if scheduler is not None:
+                with warnings.catch_warnings():  # that no step came before: those were of the run that goes on
+                    warnings.simplefilter("ignore")
+                    for _ in range(step - taken):
+                        scheduler.step()
+                taken = max(step, taken)
             return self.optimizer.param_groups[0]["lr"]
 
         self.schedule = schedule
@@ -88,29 +98,27 @@ class Trainer(FolderAPass, Learner):
     def _set_head(self, weight, bias) -> None:
         """Initial values, decay, and what the rate is multiplied with, of W and of b."""
         centers, dim = self.head.centers, self.head.embedding_size
+        if bias is not None and not self.head.bias:
+            raise ConfigError("set_distfc_attr: arcface has no b: leave bias_attr out, or use softmax")
+        decay = centers.weight_decay
+        self.device.seed(self.config.seed + 1 + centers.shard.start)  # each rank's rows are its own
         if weight is not None:
             fluid.initialize(centers.weight[:, :dim], weight)
-            if weight.regularizer is not None:
-                centers.weight_decay = float(weight.regularizer.coefficient)
-        self._bias_rate = None
+            centers.rate = weight.rate
+            centers.weight_decay = weight.decay(decay)
         if bias is not None:
-            if not self.head.bias:
-                raise ConfigError("set_distfc_attr: arcface has no b: leave bias_attr out, or use softmax")
-            if bias.regularizer is not None:
-                raise ConfigError("set_distfc_attr: b decays as W does: leave the regularizer of bias_attr out")
             fluid.initialize(centers.weight[:, dim:], bias)
-            self._bias_rate = 0.0 if not bias.trainable else bias.learning_rate
+            centers.bias_rate = bias.rate
+        centers.measure()
+        of_bias = decay if bias is None else bias.decay(decay)
+        if self.head.bias and of_bias != centers.weight_decay:
+            centers.bias_decay = of_bias
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def _train_step(self, batches, lr: float) -> torch.Tensor:
-        begun, bias = time.perf_counter(), None
-        if self._bias_rate is not None:
-            bias = self.head.centers.weight[:, self.head.embedding_size :]
-            before = bias.clone()
+        begun = time.perf_counter()
         sums = super()._train_step(batches, lr)
-        if bias is not None:
-            bias.copy_(before + self._bias_rate * (bias - before))
         self._say(sums, lr, begun)
         return sums
 

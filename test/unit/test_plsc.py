@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_set import jpeg, make_tiny_set
 
+import model
 import plsc
 import plsc.config
 from data.image_list import write_list
@@ -50,15 +51,26 @@ def train_data(tmp_path_factory):
     return folder
 
 
+class Tiny(torch.nn.Sequential):
+    """A backbone with one layer of each kind."""
+
+    def __init__(self, embedding_size):
+        super().__init__()
+        self.conv, self.bn = torch.nn.Conv2d(3, 8, 16, 16), torch.nn.BatchNorm2d(8)
+        self.prelu, self.flat = torch.nn.PReLU(8), torch.nn.Flatten()
+        self.fc, self.norm = torch.nn.Linear(8 * 49, embedding_size), torch.nn.BatchNorm1d(embedding_size)
+
+
 @pytest.fixture
 def small(train_data, tmp_path, monkeypatch):
     """A user's folder with train_data, and defaults by which an example trains in a second."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PLSC_DEVICE", "cpu")
     os.symlink(train_data, tmp_path / "train_data")
+    monkeypatch.setitem(model.BACKBONES, "tiny", model.Backbone(Tiny, (), None, None))
     before = dict(plsc.config.config)
     plsc.config.config.update(
-        model_name="mobilefacenet", emb_dim=16, num_classes=CLASSES, train_batch_size=4, train_epochs=1,
+        model_name="tiny", emb_dim=16, num_classes=CLASSES, train_batch_size=4, train_epochs=1,
         loss_type="arcface", train_image_num=16, test_batch_size=10,
     )  # fmt: skip
     yield tmp_path
@@ -172,8 +184,6 @@ def test_the_password_is_in_no_log(caplog):
 
 
 def test_networks_by_name():
-    import model
-
     counts = {
         "ResNet50": 43_584_985,
         "ResNet101": 93_939_459,
@@ -359,15 +369,8 @@ def test_hdfs_examples(small, monkeypatch, caplog):
         entry.test()
 
 
-def test_optimizer_head_and_lists(small):
-    plsc.config.config.update(with_test=False, loss_type="softmax")
-    entry = Entry()
-    entry.set_optimizer(lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
-    entry.set_distfc_attr(
-        param_attr=plsc.ParamAttr(initializer=0.25, learning_rate=0.0),
-        bias_attr=plsc.ParamAttr(initializer=np.float32(0.5), trainable=False),
-    )
-    entry.set_mixed_precision(True, amp_lists=AutoMixedPrecisionLists(custom_black_list=["prelu", "conv1.conv"]))
+def trained_by(entry):
+    """Trains, and gives the Trainer that did."""
     from plsc.trainer import Trainer
 
     made = []
@@ -380,14 +383,108 @@ def test_optimizer_head_and_lists(small):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_set_head", remember)
         entry.train()
-    centers = made[0].head.centers.weight
+    return made[0]
+
+
+def test_optimizer_head_and_lists(small):
+    plsc.config.config.update(with_test=False, loss_type="softmax")
+    entry = Entry()
+    entry.set_optimizer(lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
+    entry.set_distfc_attr(
+        param_attr=plsc.ParamAttr(initializer=0.25, learning_rate=0.0),
+        bias_attr=plsc.ParamAttr(initializer=np.float32(0.5), trainable=False),
+    )
+    lists = AutoMixedPrecisionLists(["batch_norm"], ["prelu", "conv", "norm"])
+    entry.set_mixed_precision(True, amp_lists=lists)
+    found, call = {}, torch.nn.Module.__call__
+
+    def seen(self, x, *rest):
+        out = call(self, x, *rest)
+        if torch.is_autocast_enabled("cpu"):
+            found[self] = out.dtype
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "__call__", seen)
+        trainer = trained_by(entry)
+    half, single = torch.bfloat16, torch.float32
+    types = dict(conv=single, bn=half, prelu=single, flat=single, fc=half, norm=single)
+    assert {name: found[one] for name, one in trainer.backbone.named_children()} == types
+    centers = trainer.head.centers.weight
     assert torch.equal(centers[:, :16], torch.full((CLASSES, 16), 0.25))
     assert torch.equal(centers[:, 16], torch.full((CLASSES,), 0.5))
-    assert isinstance(made[0].optimizer, torch.optim.AdamW) and made[0].schedule(0) == 0.01
-    with pytest.raises(ValueError, match="on the white list and on the black one"):
-        AutoMixedPrecisionLists(["conv2d"], ["conv2d"])
+    assert isinstance(trainer.optimizer, torch.optim.AdamW) and trainer.schedule(0) == 0.01
+    with torch.no_grad():  # outside of mixed precision nothing of it is left
+        assert trainer.backbone.eval()(torch.zeros(1, 3, 112, 112)).dtype == torch.float32
+
+
+def test_lists_that_are_none():
+    for white, black, says in (
+        (["conv2d"], ["conv2d"], "on the white list and on the black one"),
+        (["softmax", "exp"], [], "exp, softmax: the loss computes in fp32"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            AutoMixedPrecisionLists(white, black)
     with pytest.raises(ConfigError, match="neither an operator"):
-        AutoMixedPrecisionLists(custom_black_list=["nothing"]).apply(torch.nn.Linear(1, 1))
+        AutoMixedPrecisionLists(custom_black_list=["nothing"]).apply(torch.nn.Linear(1, 1), torch.bfloat16)
+
+
+def test_b_has_a_decay_and_a_rate_of_its_own():
+    """Two steps with momentum, beside torch's own SGD with a group for W and one for b."""
+    from head.centers import Centers, Update
+    from runtime.shard import RowShard
+
+    for index in (None, torch.tensor([0, 2, 4])):
+        centers = Centers(RowShard(0, 5, 5), 4, 0.9, 0.1, bias=True, normalise=False, dtype=torch.float64)
+        centers.weight.normal_(generator=torch.Generator().manual_seed(0))
+        centers.rate, centers.bias_rate, centers.bias_decay = 0.5, 3.0, 0.7
+        rows = centers.weight.clone() if index is None else centers.weight[index].clone()
+        weight, bias = rows[:, :-1].clone(), rows[:, -1:].clone()
+        sgd = torch.optim.SGD(
+            [dict(params=[weight], lr=0.2 * 0.5, weight_decay=0.1), dict(params=[bias], lr=0.2 * 3, weight_decay=0.7)],
+            lr=1.0, momentum=0.9,
+        )  # fmt: skip
+        for step in range(2):
+            grad = torch.randn(len(rows), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            weight.grad, bias.grad = grad[:, :-1].clone(), grad[:, -1:].clone()
+            sgd.step()
+            Update(centers, 0.2, index)(0, len(rows), grad.clone())
+        moved = centers.weight if index is None else centers.weight[index]
+        torch.testing.assert_close(moved, torch.cat([weight, bias], 1), rtol=1e-12, atol=1e-12)
+
+
+def adam_entry(folder, epochs, **given):
+    entry = Entry()
+    entry.set_optimizer(
+        lambda parameters: (
+            adam := torch.optim.Adam(parameters, lr=0.01),
+            torch.optim.lr_scheduler.StepLR(adam, 3, 0.5),
+        )
+    )
+    entry.set_train_epochs(epochs)
+    entry.set_model_save_dir(folder)
+    for name, value in given.items():
+        setattr(entry, name, value)
+    return entry
+
+
+def test_adam_goes_on_where_it_stood(small, caplog):
+    plsc.config.config.with_test = False
+    whole = trained_by(adam_entry("whole", 2))
+    trained_by(adam_entry("half", 1))
+    rest = trained_by(adam_entry("rest", 2, checkpoint_dir="half/0"))
+    assert rest.schedule(8) == whole.schedule(8) == 0.01 * 0.5**2
+    for (name, mine), theirs in zip(rest.backbone.state_dict().items(), whole.backbone.state_dict().values()):
+        assert torch.equal(mine, theirs), name
+    assert torch.equal(rest.head.centers.weight, whole.head.centers.weight)
+    # another optimizer begins anew, and says so
+    entry = Entry()
+    entry.set_train_epochs(2)
+    entry.set_model_save_dir("other")
+    entry.set_checkpoint_dir("half/0")
+    caplog.clear()
+    entry.train()
+    assert "the checkpoint's optimizer is 'Adam': SGD begins anew" in caplog.text
 
 
 def test_test_reader_predict_and_attributes(small, capsys, caplog):
@@ -420,9 +517,9 @@ class Wide(BaseModel):
 
 
 def test_models_that_are_none(small):
-    for model, says in ((NoNetwork(), "has no build_network"), (Wide(), r"\[2, 3\] for 2 images, and \[2, 16\]")):
+    for network, says in ((NoNetwork(), "has no build_network"), (Wide(), r"\[2, 3\] for 2 images, and \[2, 16\]")):
         entry = Entry()
-        entry.set_model(model)
+        entry.set_model(network)
         with pytest.raises(ModelError, match=says):
             entry.train()
 
@@ -552,8 +649,6 @@ def write_original(folder, net, kernel):
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("original") / "0"
-    import model
-
     net = model.create_model("resnet", 50, 16).eval()
     kernel = np.random.RandomState(0).randn(16, CLASSES).astype(np.float32)
     write_original(folder, net, kernel)
@@ -561,8 +656,6 @@ def original(tmp_path_factory):
 
 
 def test_plscs_own_variables(original, tmp_path):
-    import model
-
     folder, net, kernel = original
     found = weights.load(folder, model.create_model("resnet", 50, 16))
     assert weights.is_original(folder)
@@ -594,8 +687,6 @@ def test_their_verification_and_training(original, small):
 
 
 def test_pdparams_without_running_them(original, tmp_path):
-    import model
-
     _folder, net, _kernel = original
     names = {"running_mean": "_mean", "running_var": "_variance"}
     state = {}
