@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -71,6 +72,15 @@ def no_processes(request):
 def root() -> Path:
     """The project's folder."""
     return ROOT
+
+
+@pytest.fixture
+def tiny_net(monkeypatch):
+    """net_mode="tiny" (tiny_net.py), for this test only: others go over all nets that there are."""
+    model = importlib.import_module("model")
+    monkeypatch.setattr(model, "BACKBONES", dict(model.BACKBONES))
+    monkeypatch.delitem(sys.modules, "tiny_net", raising=False)
+    importlib.import_module("tiny_net")
 
 
 @pytest.fixture(scope="session")

@@ -32,10 +32,10 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def base(tiny, tmp_path):
+def base(tiny, tiny_net, tmp_path):
     """Five steps an epoch, two epochs."""
     return Config(
-        net_mode="mobilefacenet",
+        net_mode="tiny",
         embedding_size=16,
         data_path=str(tiny),
         batch_size=4,
@@ -85,7 +85,7 @@ def final_state(config):
 
 
 def test_the_run_and_what_it_writes(base):
-    config = replace(base, with_test=True, max_iter=3)
+    config = replace(base, net_mode="mobilefacenet", with_test=True, max_iter=3)
     learner = trained(config)
     assert learner.progress.step == 6 and learner.progress.epoch == 2
     lines = metrics(config)
@@ -107,8 +107,7 @@ def test_the_run_and_what_it_writes(base):
 
 @pytest.mark.slow
 def test_resume_in_the_middle_of_an_epoch_is_bit_identical(base, tmp_path):
-    # a net with dropout, so that the generators' state matters
-    base = replace(base, net_mode="ir", net_depth=18)
+    # the net has dropout, so the generators' state matters
     whole = replace(base, work_path=str(tmp_path / "whole"))
     trained(whole)
 
@@ -196,7 +195,7 @@ def test_a_sharded_directory_is_taken_where_a_file_is(base, tmp_path):
     weights = dict(learner.backbone.state_dict())
     new = replace(base, work_path=str(tmp_path / "new"), pth_path=str(learner.checkpoints.sharded))
     recognizer = Recognizer.load(new.pth_path, "cpu")
-    assert recognizer.name == "mobilefacenet" and recognizer.architecture["embedding_size"] == 16
+    assert recognizer.name == "tiny" and recognizer.architecture["embedding_size"] == 16
     assert_same(dict(recognizer.backbone.state_dict()), weights)
     assert_same(dict(Learner.from_config(replace(new, is_finetune=True)).backbone.state_dict()), weights)
     goes_on = Learner.from_config(new)
@@ -277,7 +276,7 @@ def test_sigterm_saves_and_leaves(base, root):
         f"--{k}={v}" for k, v in base.as_dict().items() if v != getattr(Config(), k) and not isinstance(v, list)
     ]
     process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments, "--epochs=1000", "--with_test=0"],
+        [sys.executable, "train.py", "--plugin=test/tiny_net.py", *arguments, "--epochs=1000", "--with_test=0"],
         cwd=root,
         stderr=subprocess.PIPE,
         text=True,
@@ -336,7 +335,7 @@ def test_fine_tuning_takes_the_backbone_alone(base, tmp_path):
 def test_what_does_not_fit_is_one_line(base, tmp_path):
     learner = trained(replace(base, epochs=1))
     path = store.newest(learner.checkpoints.models)
-    with pytest.raises(CheckpointError, match="--net_mode=mobilefacenet") as caught:
+    with pytest.raises(CheckpointError, match="--net_mode=tiny") as caught:
         Learner.from_config(replace(base, net_mode="ir", net_depth=18, resume=str(path)))
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
@@ -445,7 +444,7 @@ def step(self, batches, lr, method=learner.Learner._train_step):
 learner.Learner._train_step = step
 import train
 from runtime import log
-sys.argv = ["train.py", "--device_type=cpu", "--data_path={base.data_path}", "--net_mode=mobilefacenet",
+sys.argv = ["train.py", "--device_type=cpu", "--data_path={base.data_path}", "--plugin=test/tiny_net.py", "--net_mode=tiny",
             "--embedding_size=16", "--batch_size=4", "--epochs=1", "--num_workers=0", "--with_test=0",
             "--tensorboard=0", "--work_path={base.work_path}"]
 log.run_command(train.main)
@@ -467,6 +466,7 @@ def test_static_mode_without_a_compiler_is_one_line(base, monkeypatch):
 
 
 def test_a_run_that_is_not_finite_stops_and_keeps_what_was_good(base, tmp_path):
+    base = replace(base, net_mode="mobilefacenet")
     good = trained(replace(base, epochs=1))
     kept = {path.name: path.read_bytes() for path in good.checkpoints.models.iterdir()}
     with pytest.raises(PrecisionError, match="not finite for the last .* steps.*--lr") as caught:
@@ -520,5 +520,5 @@ def test_the_head_s_products_have_the_policy_s_type_in_a_real_step(base, policy,
 
     wanted, chosen = [], chunked.operand_dtype
     monkeypatch.setattr(chunked, "operand_dtype", lambda asked, *rest: wanted.append(asked) or chosen(asked, *rest))
-    trained(replace(base, opt_level=policy, epochs=1, max_iter=1))
+    trained(replace(base, net_mode="mobilefacenet", opt_level=policy, epochs=1, max_iter=1))
     assert wanted and set(wanted) == {operand}
