@@ -5,8 +5,9 @@ Importing this file registers it; a command gets it by `--plugin=test/tiny_net.p
 
 from __future__ import annotations
 
-import model
 from torch import nn
+
+import model
 
 
 @model.register("tiny", dropout=0.4)

@@ -17,13 +17,13 @@ from runtime.errors import ModelError
 pytestmark = pytest.mark.core
 
 MEASURED = {
-    "all rows": dict(classes=300_000),
-    "accumulated": dict(classes=300_000, accumulate=4),
-    "bf16 + int8": dict(classes=400_000, dtype="bfloat16", momentum_dtype="int8"),
-    "bf16, no momentum": dict(classes=600_000, dtype="bfloat16", momentum=0.0, batch=128),
-    "sampled": dict(classes=300_000, sample_rate=0.3),
-    "sampled, accumulated": dict(classes=300_000, sample_rate=0.1, accumulate=3),
-    "all move": dict(classes=300_000, sample_rate=0.3, update_rows="all"),
+    "all rows": dict(classes=120_000),
+    "accumulated": dict(classes=120_000, accumulate=4),
+    "bf16 + int8": dict(classes=160_000, dtype="bfloat16", momentum_dtype="int8"),
+    "bf16, no momentum": dict(classes=240_000, dtype="bfloat16", momentum=0.0, batch=128),
+    "sampled": dict(classes=120_000, sample_rate=0.3),
+    "sampled, accumulated": dict(classes=120_000, sample_rate=0.1, accumulate=3),
+    "all move": dict(classes=120_000, sample_rate=0.3, update_rows="all"),
 }
 
 
