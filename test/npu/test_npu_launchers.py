@@ -17,7 +17,8 @@ pytestmark = pytest.mark.npu
 STUBS = Path(__file__).with_name("stubs")
 # One layout for both devices, because the CPU's kernels for the other sum in another order.
 SMALL = (
-    "--net_mode=mobilefacenet",
+    "--plugin=test/tiny_net.py",
+    "--net_mode=tiny",
     "--num_workers=0",
     "--tensorboard=false",
     "--batch_size=4",
@@ -146,7 +147,7 @@ def test_train_eval_8p_gives_what_training_gave(launch, half_on_npu):
     assert run.verified[0][1:] == half_on_npu.verified[-1][1:]
 
 
-@pytest.mark.parametrize("policy", ["O1", "O2", "fp16", "bf16", "bf16_master"])
+@pytest.mark.parametrize("policy", ["O1", "bf16_master"])
 def test_train_performance_1p_without_data(launch, policy):
     run = launch(
         "train_performance_1p",

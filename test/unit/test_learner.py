@@ -445,8 +445,8 @@ learner.Learner._train_step = step
 import train
 from runtime import log
 sys.argv = ["train.py", "--device_type=cpu", "--data_path={base.data_path}", "--plugin=test/tiny_net.py",
-            "--net_mode=tiny", "--embedding_size=16", "--batch_size=4", "--epochs=1", "--num_workers=0", "--with_test=0",
-            "--tensorboard=0", "--work_path={base.work_path}"]
+            "--net_mode=tiny", "--embedding_size=16", "--batch_size=4", "--epochs=1", "--num_workers=0",
+            "--with_test=0", "--tensorboard=0", "--work_path={base.work_path}"]
 log.run_command(train.main)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=900)
