@@ -57,6 +57,11 @@ part() {  # part NAME COMMAND...: runs it, keeps its output in a log, and notes 
         $((SECONDS - began)) "$(tail -n 1 "$log")")")
 }
 
+# Between the old end and the new one: what computes in this process, and what ranks do together.
+tests_213() {
+    main_tests .venv-2.13/bin/python -q -m core --quick test/unit && main_tests .venv-2.13/bin/python -m core test/distributed
+}
+
 environment_213() {
     local python
     python=$(find_python 11 11) || { echo "error: PyTorch 2.13 is tested with python3.11: none found"; return 1; }
@@ -72,7 +77,7 @@ part npu npu_tests "$PYTHON" test/npu
 part 1.8_legacy bash test/legacy.sh
 if [ "$all" = true ]; then
     part 2.13_install environment_213
-    part 2.13_core main_tests .venv-2.13/bin/python -m core
+    part 2.13_core tests_213
     # What depends on torch's version: the emulated device itself, and what computes on it.
     part 2.13_npu npu_tests .venv-2.13/bin/python test/npu/test_npu_{sim,device,head,distributed,training}.py
 fi

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.core
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = {".venv", "test", "benchmark", "build", "work_space"}
 
@@ -101,6 +100,7 @@ def test_devices_are_named_in_one_place():
     assert not wrong, wrong
 
 
+@pytest.mark.core
 def test_importing_opens_nothing():
     """No module touches a device, a process group or the environment when it is imported."""
     modules = [m[: -len(".__init__")] if m.endswith(".__init__") else m for _, m in sources()]

@@ -105,7 +105,6 @@ def test_the_run_and_what_it_writes(base):
     assert state["meta"]["channel_order"] == "rgb" and state["meta"]["num_classes"] == 4
 
 
-@pytest.mark.slow
 def test_resume_in_the_middle_of_an_epoch_is_bit_identical(base, tmp_path):
     # the net has dropout, so the generators' state matters
     whole = replace(base, work_path=str(tmp_path / "whole"))
@@ -128,7 +127,6 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_identical(base, tmp_path):
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.1])
 @pytest.mark.parametrize("interrupted_at", [1, 5])
-@pytest.mark.slow
 def test_a_sharded_resume_is_bit_identical(base, tmp_path, sample_rate, interrupted_at):
     if not sharded.available():
         pytest.skip("sharded checkpoints need torch 2.3")
@@ -168,7 +166,6 @@ def test_a_sharded_resume_is_bit_identical(base, tmp_path, sample_rate, interrup
         assert_same({name: tensor}, {name: resumed.head.local_state()[name]})
 
 
-@pytest.mark.slow
 def test_resuming_passes_over_a_damaged_checkpoint(base, caplog):
     if not sharded.available():
         pytest.skip("sharded checkpoints need torch 2.3")
@@ -318,7 +315,6 @@ def test_micro_batches_add_up_to_the_batch(base):
     assert update > 0 and (results[0] - results[1]).norm() < 1e-5 * update
 
 
-@pytest.mark.slow
 def test_fine_tuning_takes_the_backbone_alone(base, tmp_path):
     first = trained(base)
     path = store.newest(first.checkpoints.models)
