@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.layers import PReLU, SqueezeExcite, Subsample, conv, l2_normalize
+from model.layers import BatchNorm2d, PReLU, SqueezeExcite, Subsample, conv, l2_normalize
 
 # units of each of the four stages
 STAGE_UNITS = {
@@ -47,18 +47,18 @@ class IRUnit(nn.Module):
         if in_channels != out_channels:
             self.shortcut_layer = nn.Sequential(
                 conv(in_channels, out_channels, 1, stride),
-                nn.BatchNorm2d(out_channels),
+                BatchNorm2d(out_channels),
             )
         elif stride != 1:
             self.shortcut_layer = Subsample(stride)
         else:
             self.shortcut_layer = nn.Identity()
         layers = [
-            nn.BatchNorm2d(in_channels),
+            BatchNorm2d(in_channels),
             conv(in_channels, out_channels, 3),
             PReLU(out_channels),
             conv(out_channels, out_channels, 3, stride),
-            nn.BatchNorm2d(out_channels),
+            BatchNorm2d(out_channels),
         ]
         if squeeze_excite:
             layers.append(SqueezeExcite(out_channels))
@@ -83,9 +83,9 @@ class IRNet(nn.Module):
         width = STAGE_WIDTHS[-1]
         # the output layer before the body: the upstream project's order of parameters, by which its optimizer states
         # are indexed
-        self.input_layer = nn.Sequential(conv(3, STEM_WIDTH, 3), nn.BatchNorm2d(STEM_WIDTH), PReLU(STEM_WIDTH))
+        self.input_layer = nn.Sequential(conv(3, STEM_WIDTH, 3), BatchNorm2d(STEM_WIDTH), PReLU(STEM_WIDTH))
         self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(width),
+            BatchNorm2d(width),
             nn.Dropout(dropout),
             nn.Flatten(),
             nn.Linear(width * MAP_SIZE * MAP_SIZE, embedding_size),
@@ -110,12 +110,12 @@ class IResNetUnit(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, eps: float, shared_slope: bool):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels, eps=eps)
+        self.bn1 = BatchNorm2d(in_channels, eps=eps)
         self.conv1 = conv(in_channels, out_channels, 3)
-        self.bn2 = nn.BatchNorm2d(out_channels, eps=eps)
+        self.bn2 = BatchNorm2d(out_channels, eps=eps)
         self.prelu = PReLU(1 if shared_slope else out_channels)
         self.conv2 = conv(out_channels, out_channels, 3, stride)
-        self.bn3 = nn.BatchNorm2d(out_channels, eps=eps)
+        self.bn3 = BatchNorm2d(out_channels, eps=eps)
         self.downsample = projection(in_channels, out_channels, stride, eps)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def projection(in_channels: int, out_channels: int, stride: int, eps: float) -> 
     """The shortcut of a unit that changes the width or the resolution; nothing to learn in the others."""
     if in_channels == out_channels and stride == 1:
         return nn.Identity()
-    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels, eps=eps))
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), BatchNorm2d(out_channels, eps=eps))
 
 
 class StagedNet(nn.Module):
@@ -150,13 +150,13 @@ class StagedNet(nn.Module):
     ):
         super().__init__()
         self.conv1 = conv(3, STEM_WIDTH, 3)
-        self.bn1 = nn.BatchNorm2d(STEM_WIDTH, eps=eps)
+        self.bn1 = BatchNorm2d(STEM_WIDTH, eps=eps)
         self.prelu = PReLU(1 if shared_slope else STEM_WIDTH)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             nn.Sequential(*(unit(*shape, eps=eps, shared_slope=shared_slope) for shape in stage))
             for stage in stage_plan(stage_units, stage_widths, STEM_WIDTH)
         )
-        self.bn2 = nn.BatchNorm2d(stage_widths[-1], eps=eps)
+        self.bn2 = BatchNorm2d(stage_widths[-1], eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(stage_widths[-1] * MAP_SIZE * MAP_SIZE, embedding_size)
         self.features = nn.BatchNorm1d(embedding_size, eps=eps)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.layers import DepthwiseConv2d, PReLU, l2_normalize
+from model.layers import BatchNorm2d, DepthwiseConv2d, PReLU, l2_normalize
 
 
 class ConvNorm(nn.Module):
@@ -18,7 +18,7 @@ class ConvNorm(nn.Module):
             self.conv = nn.Conv2d(in_channels, out_channels, size, stride, padding, bias=False)
         else:
             self.conv = DepthwiseConv2d(out_channels, size, stride, padding)
-        self.bn = nn.BatchNorm2d(out_channels)
+        self.bn = BatchNorm2d(out_channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.bn(self.conv(x_BCHW))
@@ -113,7 +113,7 @@ def conv_norm(in_channels: int, out_channels: int, size: int = 1, stride: int = 
         conv = DepthwiseConv2d(out_channels, size, stride, padding)
     else:
         conv = nn.Conv2d(in_channels, out_channels, size, stride, padding, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(out_channels)]
+    return [conv, BatchNorm2d(out_channels)]
 
 
 def conv_norm_prelu(in_channels: int, out_channels: int, *shape: int) -> Layers:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from model.iresnet import IResNetUnit, StagedNet, projection
-from model.layers import PReLU, conv
+from model.layers import BatchNorm2d, PReLU, conv
 
 EPS = 2e-5
 BOTTLENECK = 4  # the inner convolutions have a quarter of the unit's width
@@ -23,15 +23,15 @@ class BottleneckUnit(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, eps: float, shared_slope: bool):
         super().__init__()
         inner = out_channels // BOTTLENECK
-        self.bn1 = nn.BatchNorm2d(in_channels, eps=eps)
+        self.bn1 = BatchNorm2d(in_channels, eps=eps)
         self.conv1 = conv(in_channels, inner, 1)
-        self.bn2 = nn.BatchNorm2d(inner, eps=eps)
+        self.bn2 = BatchNorm2d(inner, eps=eps)
         self.prelu = PReLU(1 if shared_slope else inner)
         self.conv2 = conv(inner, inner, 3)
-        self.bn3 = nn.BatchNorm2d(inner, eps=eps)
+        self.bn3 = BatchNorm2d(inner, eps=eps)
         self.prelu2 = PReLU(1 if shared_slope else inner)
         self.conv3 = conv(inner, out_channels, 1, stride)
-        self.bn4 = nn.BatchNorm2d(out_channels, eps=eps)
+        self.bn4 = BatchNorm2d(out_channels, eps=eps)
         self.downsample = projection(in_channels, out_channels, stride, eps)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.iresnet import IRUnit
-from model.layers import DepthwiseConv2d, PReLU, Subsample
+from model.layers import BatchNorm2d, DepthwiseConv2d, PReLU, Subsample
 from model.mobilefacenet import Bottleneck
 
 pytestmark = pytest.mark.core
@@ -82,6 +82,52 @@ def test_prelu_under_autocast():
         grads.append(module.weight.grad)
     assert y.dtype == torch.bfloat16 and grads[1].dtype == torch.float32
     assert torch.equal(*grads)
+
+
+def batch_norm_results(layer, x, grad):
+    """Output, gradients, and the running statistics of a training step."""
+    x = x.detach().clone().requires_grad_()
+    y = layer.train()(x)
+    y.backward(grad)
+    return [t.detach().double() for t in (y, x.grad, layer.weight.grad, layer.bias.grad, *layer.buffers())]
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 56, 56), (64, 3, 28, 7), (2, 5, 1, 2), (3, 4, 3, 1)])
+def test_batch_norm_in_channels_last_is_as_exact_as_in_the_other_layout(shape):
+    torch.manual_seed(0)
+    x, grad = torch.randn(shape) * 1.5 + 3, torch.randn(shape) + 0.3
+    layers = [cls(shape[1]) for cls in (BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(torch.linspace(-1, 2, shape[1]))
+            layer.bias.copy_(torch.linspace(1, 3, shape[1]))
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (x, grad)]
+    ours, contiguous = batch_norm_results(layers[0], *last), batch_norm_results(layers[1], x, grad)
+    truth = batch_norm_results(layers[2].double(), x.double(), grad.double())
+    unit = F.batch_norm(x.double(), None, None, training=True)
+    terms = [(grad.double() * other).abs().sum((0, 2, 3)).max() for other in (unit, 1)]  # of the parameters' gradients
+    for i, (mine, theirs, exact) in enumerate(zip(ours, contiguous, truth)):
+        scale = terms[i - 2] if i in (2, 3) else exact.abs().max()
+        assert (mine - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 5e-7 * scale, i
+    if torch.__version__.startswith("1."):
+        return  # it stays torch's own there
+    taken = [layers[0](t.requires_grad_()).grad_fn.name() for t in (last[0], x)]
+    assert [name == "_BatchNormInPiecesBackward" for name in taken] == [True, False]
+    assert layers[0].num_batches_tracked == 3
+    if shape[2] == 56:  # torch's own sums would not pass
+        own = batch_norm_results(nn.BatchNorm2d(shape[1]), *last)
+        exact = batch_norm_results(nn.BatchNorm2d(shape[1]).double(), x.double(), grad.double())
+        assert (own[0] - exact[0]).abs().max() > 3e-6 * exact[0].abs().max()
+
+
+def test_batch_norm_elsewhere_is_torchs_own():
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm2d(4), nn.BatchNorm2d(4)
+    for x in (torch.randn(8, 4, 5, 5), torch.randn(8, 4, 5, 5).contiguous(memory_format=torch.channels_last).double()):
+        for training in (True, False):
+            pair = [layer.to(x.dtype).train(training) for layer in (ours, theirs)]
+            assert torch.equal(*(layer(x) for layer in pair))
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
 
 
 @pytest.mark.parametrize("size", [7, 8])
