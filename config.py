@@ -106,14 +106,15 @@ class Config:
     )
     top5: bool = option(False, "count as well how often the right class is among the five best")
     head_op: str = option("auto", "implementation of the loss: auto, or one of head/ops by name")
+    head_skip: bool = option(
+        True, "head_op=triton: leave out products of tiles whose probabilities are all below 2^-24, or compute them all"
+    )
     head_lr_factor: float = option(
         1.0,
         "learning rate of the centers over the backbone's; 10 makes up for no momentum, 0 holds the centers still",
         low=0,
     )
-    update_rows: str = option(
-        "sampled", "sample_rate < 1: which centers decay and keep moving (drawn = sampled)", ("sampled", "all", "drawn")
-    )
+    update_rows: str = option("sampled", "sample_rate < 1: which centers decay and keep moving", ("sampled", "all"))
     model_parallel: bool = option(True, "spread the class centers over the ranks; off: every rank holds all of them")
     centers_norm: float = option(
         1.0, "length of a class center before training; arcface_torch's is 0.2263", above=0, high=1e3
@@ -213,7 +214,7 @@ class Config:
     dist_timeout: float = option(600.0, "seconds after which a silent rank is given up", low=1, high=2592000)
     memory_format: str = option(
         "auto",
-        "layout of activations; auto = the most exact, fastest = channels_last where the device has it",
+        "layout of activations; auto = contiguous, on a CPU channels_last; fastest = channels_last where it exists",
         ("auto", "fastest", "contiguous", "channels_last"),
     )
     static: bool = option(

@@ -133,6 +133,7 @@ class Learner:
             world=world,
             sharded=config.model_parallel,
             op=config.head_op,
+            skip=config.head_skip,
             sample_rate=config.sample_rate,
             update_rows=config.update_rows,
             operand=self.precision.policy.compute,

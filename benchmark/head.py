@@ -123,18 +123,23 @@ def build(case, device):
 def build_products(case, device):
     """What no implementation can do without: two products forward, two for the update, over chunks of rows."""
     dtype = torch.float32 if device.kind == "cpu" else torch.bfloat16
-    table_CD = torch.randn(case["classes"], case["embedding_size"], device=device.torch).to(dtype)
+    dim = case["embedding_size"]
+    table_CD = torch.randn(case["classes"], dim, device=device.torch).to(dtype)
     sampled = int(case["classes"] * case["sample_rate"])
 
     def step(emb_BD, label_B):
         left_BD = emb_BD.detach().to(dtype)
-        chunk = chunk_rows(len(left_BD), left_BD.shape[1], device.kind, sampled)
         for images in [left_BD] * case["accumulate"] + [left_BD.repeat(case["accumulate"], 1)]:
-            second = images is not left_BD
+            chunk = chunk_rows(*images.shape, device.kind, sampled)
+            flat, out_BD, out_KD = images.new_empty(len(images) * chunk), images.clone(), images.new_empty(chunk, dim)
             for start in range(0, sampled, chunk):
-                rows_KD = table_CD[start : start + chunk]
-                z_BK = images @ rows_KD.t()
-                z_BK.t() @ images if second else z_BK @ rows_KD
+                rows_KD = table_CD[start : min(start + chunk, sampled)]
+                z_BK = flat[: len(images) * len(rows_KD)].view(len(images), -1)
+                torch.mm(images, rows_KD.t(), out=z_BK)
+                if images is left_BD:
+                    torch.mm(z_BK, rows_KD, out=out_BD)
+                else:
+                    torch.mm(z_BK.t(), images, out=out_KD[: len(rows_KD)])
         return left_BD.sum()
 
     return step

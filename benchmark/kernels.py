@@ -3,9 +3,10 @@
     python -m benchmark.kernels [--width 512] [--archs 80 90 100] [--sample 1]
 
 Each kernel in the variants that the program can ask for (operands, stored types, flags) and in each tile that
-autotuning may try on that architecture. It writes a record with the kernels' checksum to benchmark/results/, and ends
-with status 1 where a kernel does not compile, spills, or needs more shared memory than there is. --sample n compiles n
-of each kernel's variants on each architecture: what the tests do.
+autotuning may try on that architecture; and the update's kernel has to be one program for all of its random keys. It
+writes a record with the kernels' checksum to benchmark/results/, and ends with status 1 where a kernel does not
+compile, spills, or needs more shared memory than there is. --sample n compiles n of each kernel's variants on each
+architecture: what the tests do.
 """
 
 from __future__ import annotations
@@ -115,6 +116,36 @@ def assembled(ptx: str, capability: int) -> dict:
     raise RuntimeError(f"ptxas: {said.strip()[:300]}")
 
 
+def update_signatures(updates: int = 200) -> set:
+    """What Triton tells programs of the update's kernel apart by, over so many updates of the same rows: one each
+    would be compiled."""
+    from unittest import mock
+
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from head.centers import Centers, Update
+    from head.ops import triton, triton_kernels
+    from runtime.shard import RowShard
+
+    kernel = triton_kernels.update_kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    signatures = set()
+
+    class Launcher:
+        def __getitem__(self, grid):
+            return lambda *arguments, **flags: signatures.add(str(bind(*arguments, **flags)[1:]))
+
+    centers = Centers(RowShard(0, 64, 64), 32, dtype=torch.bfloat16, momentum_dtype=torch.bfloat16)
+    with mock.patch.object(triton_kernels, "update_kernel", Launcher()):
+        for centers.updates in range(updates):
+            update = Update(centers, 0.1 / (1 + centers.updates), kernel=triton.update_rows)
+            update(0, 64, torch.zeros(64, 32))
+    return signatures
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--width", type=int, default=512, help="of the rows: a power of two")
@@ -145,6 +176,9 @@ def main(argv=None) -> int:
             rows.append(row)
             sys.stdout.write(f"{'BAD ' if wrong else ''}{row}\n")
             sys.stdout.flush()
+    signatures = update_signatures()
+    bad += len(signatures) > 1
+    sys.stdout.write(f"programs of the update's kernel for all of its random keys: {len(signatures)}\n")
     if options.output:
         content = {"triton": triton.__version__, "kernels": files.file_checksum(KERNELS), "rows": rows}
         write_record("kernels", content, folder=options.output)

@@ -398,7 +398,7 @@ def _check_arguments(num_classes, margin, kind, world, sharded, sample_rate, upd
         raise ModelError(f"num_classes {num_classes}: needs at least 2, and as many as ranks share them ({world.size})")
     if not 0 < sample_rate <= 1:
         raise ModelError(f"sample_rate {sample_rate}: must be above 0 and at most 1")
-    if update_rows not in ("sampled", "all", "drawn"):  # the last is an old word for the first
+    if update_rows not in ("sampled", "all"):
         raise ModelError(f"update_rows '{update_rows}': choose from sampled, all")
     if filtering and not kind.normalised:
         raise ModelError(f"interclass_filtering_threshold reads cosines, and margin '{margin}' has none")

@@ -97,8 +97,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 class _BatchNormInPieces(torch.autograd.Function):
     """Batch norm (arXiv 1502.03167) of float32 [B, C, H, W] in channels_last, from torch's own kernels.
 
-    They see the W pixels of a row as W times C channels, so that each of their sums has W times fewer terms; the W parts
-    of a channel are joined in float64. The other passes are elementwise.
+    They see the W pixels of a row as W times C channels, so that each of their sums has W times fewer terms; the W
+    parts of a channel are joined in float64. The other passes are elementwise.
     """
 
     @staticmethod

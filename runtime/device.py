@@ -66,7 +66,7 @@ class Device:
         return torch.device(str(self))
 
     def layout(self, name: str = "auto") -> torch.memory_format:
-        """The layout of images and weights by its name: auto (the most exact here), fastest, contiguous, channels_last.
+        """The layout of images and weights by its name: auto (preferred here), fastest, contiguous, channels_last.
         Raises DeviceError where the device has no such layout."""
         return {
             "auto": self.memory_format,

@@ -139,7 +139,7 @@ def test_help_shows_choices_bounds_groups_and_examples(capsys):
     for part in (
         "one of ir, ir_se, mobilefacenet",
         "at least 0 and below 1",
-        "one of sampled, all, drawn",
+        "one of sampled, all",
         *(f"{title}:" for title in config.GROUPS.values()),
         "examples: python train.py",
         "also -net",
