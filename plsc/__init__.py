@@ -1,5 +1,6 @@
 """The interface of PaddlePaddle's PLSC over this project: `from plsc import Entry` (docs/plsc.md)."""
 
+import runtime  # noqa: F401  before torch
 from plsc import environment
 
 # Scripts read PADDLE_TRAINER_ID before they make an Entry. Only under torchrun does this set anything.

@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import platform
 import shlex
 import subprocess
@@ -51,15 +50,7 @@ def run_command(main) -> None:
 
     What a user can cause (`runtime.errors.UserError`, and an OSError about a path they gave) ends as
     `error: <one line>` on stderr and status 1; any other exception keeps its traceback, because it is a bug of ours.
-    Ctrl-C ends with 130, as in a shell.
-
-    main should import torch itself or through what it imports, because two settings are read at `import torch`:
-    a recent torch loads Ascend's plugin there and dies with a traceback where CANN is missing (switched off, and
-    runtime.device imports it when asked for); and OpenMP's threads, which spin while they wait, take the cores from
-    every other process unless they are told to sleep. What the user has set holds.
-    """
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    Ctrl-C ends with 130, as in a shell."""
     try:
         status = main()
     except KeyboardInterrupt:

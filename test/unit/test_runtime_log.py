@@ -190,7 +190,7 @@ def test_setting_up_twice_does_not_double_lines(root):
 
 @pytest.mark.parametrize(
     "command, said, policy",
-    [("train", {}, "PASSIVE"), ("evaluate", {}, "PASSIVE"), ("train", {"OMP_WAIT_POLICY": "active"}, "ACTIVE")],
+    [("train", {}, "PASSIVE"), ("train", {"OMP_WAIT_POLICY": "active"}, "ACTIVE")],
 )
 def test_threads_of_a_command_sleep_while_they_wait_unless_the_user_says_otherwise(root, command, said, policy):
     """Plainly started, as no launcher has set anything. OpenMP's library reads its settings when torch brings it."""
@@ -202,6 +202,53 @@ def test_threads_of_a_command_sleep_while_they_wait_unless_the_user_says_otherwi
     if "OPENMP DISPLAY ENVIRONMENT" not in done.stderr:
         pytest.skip("this torch brings no OpenMP that tells its settings")
     assert done.returncode == 1 and f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
+
+
+BEFORE_TORCH = """
+import os, runpy, sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise InterruptedError(os.environ.get("OMP_WAIT_POLICY"))
+
+def ours():
+    files = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items()}
+    return [name for name, file in files.items() if file.startswith(root) and "site-packages" not in file]
+
+root = os.getcwd()
+sys.path.insert(0, root)
+sys.meta_path.insert(0, NoTorch())
+others, sys.argv = sys.argv[1:], ["command", "--help"]
+for name in others:
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    for module in ours():
+        del sys.modules[module]
+    out, sys.stdout = sys.stdout, open(os.devnull, "w")
+    try:
+        runpy.run_module(name, run_name="__main__")
+    except InterruptedError as torch:
+        out.write(f"{name} {torch}\\n")
+    except SystemExit:
+        pass  # --help needed no torch
+    sys.stdout = out
+"""
+
+
+def test_every_command_has_told_threads_to_sleep_before_it_imports_torch(root):
+    """torch's import is stopped, and tells the setting: the library reads it then."""
+    commands = [
+        path.relative_to(root).with_suffix("").as_posix().replace("/", ".")
+        for folder in ("", "benchmark", "checkpoint", "data", "deploy", "head", "plsc", "runtime", "scripts", "tools")
+        for path in sorted((root / folder).glob("*.py"))
+        if "__main__" in path.read_text(encoding="utf-8") and path.stem != "worker"
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE_TORCH, *commands], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = dict(line.split() for line in done.stdout.splitlines())
+    assert {"head.plan", "benchmark.step", "runtime.device"} <= set(said) and set(said.values()) == {"passive"}, said
 
 
 def test_each_run_has_a_folder_of_its_own_and_a_resumed_one_goes_on(tmp_path):
