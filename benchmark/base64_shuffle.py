@@ -1,6 +1,6 @@
 """Shuffling a base64 list: data.base64_shuffle beside one SQLite table, a row at a time, as PLSC does it.
 
-python -m benchmark.base64_shuffle --megabytes 1300 --memory_mib 64 --output benchmark/results/NAME.json
+python -m benchmark.base64_shuffle --megabytes 1300 --memory_mib 64 --record NAME
 
 A limit below twice the set's size makes it two passes over the disk; with a larger one it stays in memory. Both make
 the same kind of output from the same random list, one after the other in one run. The peak of resident memory
@@ -13,7 +13,6 @@ import argparse
 import base64
 import json
 import os
-import platform
 import random
 import resource
 import sqlite3
@@ -77,7 +76,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="of both, in turns; the quickest of each counts")
     parser.add_argument("--folder", default=None, help="where to work")
-    parser.add_argument("--output", default=None, help="the JSON to write")
+    parser.add_argument("--record", help="write benchmark/results/DATE_{this name}.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -103,11 +102,7 @@ def main() -> None:
             for part in folder.glob("sqlite_rank_*"):
                 part.unlink()
     result = {
-        "what": "global shuffle of a base64 list",
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
         "cores": cores(),
-        "load_average": round(os.getloadavg()[0], 1),  # of other work too: above the cores the machine is busy
         "megabytes": options.megabytes,
         "lines": lines,
         "memory_limit_mib": options.memory_mib,
@@ -123,8 +118,11 @@ def main() -> None:
         "times_as_fast": round(min(sqlite) / min(ours), 1),
     }
     print(json.dumps(result, indent=2))
-    if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=2) + "\n")
+    if options.record:
+        from benchmark.record import write_record  # torch: above, its threads and memory would count
+        from runtime.device import parse_device
+
+        print(write_record(options.record, result, parse_device("cpu")))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import statistics
 import sys
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmark.record import write_record
 from model import create_model
 from optim import make_sgd, parameter_groups
 from runtime import log
@@ -79,22 +78,16 @@ def main() -> None:
             raise DeviceError("one rank exchanges nothing: start this with torchrun --nproc-per-node=2")
         rows = measure(options, device, world)
         if world.is_main:
-            record = {
-                "benchmark": "buckets",
-                "date": time.strftime("%Y-%m-%d"),
-                "device": device.describe(),
+            content = {
                 "backend": device.backend,
                 "ranks": world.size,
                 "net": options.net,
                 "rounds": options.rounds,
                 "batch_size_of_a_rank": options.batch_size,
-                "threads": torch.get_num_threads(),
-                "load": [round(value, 1) for value in os.getloadavg()],
                 "rows": rows,
             }
-            name = f"{record['date']}_buckets_{device.kind}_torch-{torch.__version__.split('+')[0]}.json"
-            options.output.mkdir(parents=True, exist_ok=True)
-            (options.output / name).write_text(json.dumps(record, indent=1) + "\n")
+            name = f"buckets_{device.kind}_torch-{torch.__version__.split('+')[0]}"
+            write_record(name, content, device, options.output)
 
 
 def measure(options, device, world) -> list:

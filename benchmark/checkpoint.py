@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from benchmark.record import write_record
 from checkpoint import reshard, sharded
 from runtime.device import Device
 from runtime.shard import RowShard
@@ -92,13 +93,7 @@ def main() -> None:
             check=True,
         )
     loaded = json.loads(done.stdout)
-    record = {
-        "benchmark": "checkpoint",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": Device("cpu").describe(),
-        "command": f"python -m benchmark.checkpoint --classes {classes} --embedding_size {width} "
-        f"--saved_on {options.saved_on}",
-        "load": " ".join(f"{value:.1f}" for value in os.getloadavg()),
+    content = {
         "classes": classes,
         "embedding_size": width,
         "saved_on": options.saved_on,
@@ -109,9 +104,8 @@ def main() -> None:
         "bytes_above_shard": loaded["bytes_above"],
         "share_above": round(loaded["bytes_above"] / loaded["shard_bytes"], 4),
     }
-    sys.stdout.write(json.dumps(record, indent=1) + "\n")
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{record['date']}_checkpoint.json").write_text(json.dumps(record, indent=1) + "\n")
+    sys.stdout.write(json.dumps(content, indent=1) + "\n")
+    write_record("checkpoint", content, Device("cpu"), options.output)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -25,9 +23,11 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 from torch.utils.data import DataLoader, Dataset
 
+from benchmark.record import write_record
 from data import build_loader, images, open_dataset, synthetic
 from data.recordio import RecordIOReader, unpack
 from data.transforms import to_input
+from runtime import log
 from runtime.device import Device
 
 try:
@@ -120,22 +120,10 @@ def main() -> None:
         ways = compare(folder, options.batch_size, options.rounds)
     plain = ways["plain"]["images_per_cpu_s"]
     record = {
-        "benchmark": "loader",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m benchmark.loader --data_path {folder.name if options.data_path else '(synthetic)'} "
-        f"--batch_size {options.batch_size} --rounds {options.rounds}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
-        or "unknown",
-        "machine": Device("cpu").describe()["name"],
-        "threads": 1,
         "images": len(dataset),
         "mean_jpeg_bytes": round(float(mean_bytes)),
         "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
+            **log.versions(),
             "pillow": pillow_version,
             "simplejpeg": getattr(images.simplejpeg, "__version__", None),
             "torchvision": transforms is not None,
@@ -145,9 +133,9 @@ def main() -> None:
         "times_faster_with_to_input": round(ways["loader_and_to_input"]["images_per_cpu_s"] / plain, 2),
     }
     print(json.dumps(record, indent=2))
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{record['date']}_loader.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    command = f"python -m benchmark.loader --data_path {folder.name if options.data_path else '(synthetic)'} "
+    command += f"--batch_size {options.batch_size} --rounds {options.rounds}"
+    write_record("loader", record, Device("cpu"), options.output, command)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmark.record import write_record
 from data.recordio import MAGIC
 from runtime.device import Device
 
@@ -114,18 +113,11 @@ def main() -> None:
     best = min(runs, key=lambda run: run["seconds"])
     assert best["images"] == options.records and best["last_label"] == options.identities - 1
     record = {
-        "benchmark": "open_recordio",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m benchmark.open_recordio --records {options.records} --identities {options.identities}",
-        "machine": Device("cpu").describe()["name"],
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "bytes": sizes,
         "runs": [{key: round(value, 3) for key, value in run.items()} for run in runs],
     }
     print(json.dumps(record, indent=2))
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{record['date']}_open_recordio.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record("open_recordio", record, Device("cpu"), options.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does a precision policy train as well as fp32 does: the final loss of each beside the seed-to-seed spread of O0.
 
-    python -m benchmark.precision_quality DATA [--steps 300] [--batch_size 8] [--seeds 12] [--output FILE]
+    python -m benchmark.precision_quality DATA [--steps 300] [--batch_size 8] [--seeds 12] [--record NAME]
 
 DATA: a training set that data.open_dataset reads. O0 is trained with every seed (weights, order and flips of the images
 follow it), the other policies with the first. The final loss is the mean over the last tenth of the steps. A policy
@@ -22,6 +22,7 @@ import torch
 
 import data
 import optim
+from benchmark.record import write_record
 from data.transforms import to_input
 from head.head import MarginHead
 from model import create_model
@@ -92,7 +93,7 @@ def main(argv=None) -> None:
     parser.add_argument("--loss_scale", default="dynamic")
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--device_type", default="auto")
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--record", help="write benchmark/results/DATE_{this name}.json")
     options = parser.parse_args(argv)
     device = parse_device(options.device_type)
     device.set()
@@ -106,7 +107,6 @@ def main(argv=None) -> None:
 
     final = [run["final_loss"] for run in runs if run["policy"] == "O0"]
     summary = {
-        "benchmark": "precision_quality",
         "images": len(dataset),
         "classes": dataset.num_classes,
         **{k: getattr(options, k) for k in ("net_mode", "embedding_size", "steps", "batch_size", "lr", "loss_scale")},
@@ -116,14 +116,10 @@ def main(argv=None) -> None:
         "within_the_spread": {
             run["policy"]: min(final) <= run["final_loss"] <= max(final) for run in runs[options.seeds :]
         },
-        "machine": device.describe(),
-        "date": time.strftime("%Y-%m-%d"),
     }
     print(json.dumps(summary))
-    if options.output:
-        with open(options.output, "w", encoding="utf-8") as file:
-            json.dump({**summary, "runs": runs}, file, indent=1)
-            file.write("\n")
+    if options.record:
+        print(write_record(options.record, {**summary, "runs": runs}, device))
 
 
 if __name__ == "__main__":

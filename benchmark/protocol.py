@@ -1,6 +1,6 @@
 """The verification protocol beside a straightforward version of the same definition, in one run.
 
-    python -m benchmark.protocol [--pairs 6000] [--embedding_size 512] [--repeats 5] [--output FILE]
+    python -m benchmark.protocol [--pairs 6000] [--embedding_size 512] [--repeats 5] [--record NAME]
 
 `evaluate_pairs_plainly` is also the specification: the tests hold `verify.protocol` to its numbers.
 """
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
-from pathlib import Path
 
 import numpy as np
 
+from benchmark.record import write_record
 from runtime.device import Device
 from verify.protocol import THRESHOLDS_T, evaluate_pairs
 
@@ -74,7 +73,7 @@ def main(argv=None) -> None:
     parser.add_argument("--pairs", type=int, default=6000)
     parser.add_argument("--embedding_size", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="write the row there too")
+    parser.add_argument("--record", help="write benchmark/results/DATE_{this name}.json")
     options = parser.parse_args(argv)
     embeddings_2ND, issame_N = make_pairs(options.pairs, options.embedding_size)
 
@@ -89,7 +88,6 @@ def main(argv=None) -> None:
     fast = best_seconds(lambda: evaluate_pairs(embeddings_2ND, issame_N), options.repeats)
     plain = best_seconds(lambda: evaluate_pairs_plainly(embeddings_2ND, issame_N), options.repeats)
     row = {
-        "benchmark": "protocol",
         "pairs": options.pairs,
         "embedding_size": options.embedding_size,
         "seconds": round(fast, 5),
@@ -97,14 +95,10 @@ def main(argv=None) -> None:
         "times_faster": round(plain / fast, 1),
         "same_numbers": bool(same_numbers),
         "accuracy": result.accuracy,
-        "machine": Device("cpu").describe()["name"],
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "date": time.strftime("%Y-%m-%d"),
     }
     print(json.dumps(row))
-    if options.output:
-        options.output.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    if options.record:
+        print(write_record(options.record, row, Device("cpu")))
 
 
 if __name__ == "__main__":

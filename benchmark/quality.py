@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -31,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmark.record import RESULTS, write_record
 from head.head import MarginHead
 from head.plan import FORMATS
 from head.storage import bytes_per_row
@@ -218,8 +216,8 @@ def table(runs_by_row) -> str:
     return "\n".join(lines)
 
 
-def record_of(runs_by_row, device) -> dict:
-    """What is written: the machine, the problem, each run, and the summary that the table shows."""
+def content_of(runs_by_row) -> dict:
+    """The problem, each run, and the summary that the table shows."""
     problem = dict(
         classes=CLASSES,
         unseen=UNSEEN,
@@ -254,26 +252,7 @@ def record_of(runs_by_row, device) -> dict:
         if BASE in runs_by_row
         else {}
     )
-    return {
-        "benchmark": "quality",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m benchmark.quality",
-        "commit": commit(),
-        "machine": device.describe(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "problem": problem,
-        "summary": summary,
-        "runs": runs_by_row,
-    }
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip()
+    return {"problem": problem, "summary": summary, "runs": runs_by_row}
 
 
 def main() -> None:
@@ -290,9 +269,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after the run in which they end; 0 = never")
     parser.add_argument("--again", action="store_true", help="do not go on from the record of an earlier call")
-    parser.add_argument("--output", help="the record [benchmark/results/DATE_quality_cpu.json]")
+    parser.add_argument("--output", default=str(RESULTS), help="folder of the record, DATE_quality_cpu.json")
     options = parser.parse_args()
-    file = Path(options.output or Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}_quality_cpu.json")
+    file = Path(options.output) / f"{time.strftime('%Y-%m-%d')}_quality_cpu.json"
     done = {} if options.again or not file.exists() else json.loads(file.read_text())["runs"]
     device, problem, all_rows = parse_device("cpu"), Problem(), make_rows()
     wanted = [name for name in all_rows if name in options.rows or name == BASE]
@@ -305,8 +284,7 @@ def main() -> None:
             done.setdefault(name, {})[str(seed)] = run
             sys.stderr.write(f"{name}, seed {seed}: {json.dumps(run)}\n")
             ordered = {row: done[row] for row in all_rows if row in done}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(record_of(ordered, device), indent=1) + "\n")
+            write_record("quality_cpu", content_of(ordered), device, options.output)
     missing = sum(options.seeds - len(done.get(name, {})) for name in wanted)
     if missing:
         sys.exit(f"{missing} runs are missing: the same command goes on from {file}")

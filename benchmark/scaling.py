@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from benchmark.record import write_record
 from head.head import MarginHead
 from head.ops.chunked import chunk_rows
 from head.plan import FORMATS, GIB, Collective, HeadPlan, Rates, parse_size
@@ -456,23 +456,8 @@ def check(options) -> None:
             if done.returncode:
                 sys.exit(f"{ranks} ranks ended with status {done.returncode}:\n{done.stderr[-3000:]}")
             results[str(ranks)] = json.loads(Path(output).read_text())
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{time.strftime('%Y-%m-%d')}_scaling_check_cpu.json"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    record = {
-        "benchmark": "scaling --check",
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "command": "OMP_NUM_THREADS=1 python -m benchmark.scaling --check",
-        "machine": parse_device("cpu").describe(),
-        "cases": CASES,
-        "results": results,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    content = {"threads of a rank": 1, "cases": CASES, "results": results}
+    file = write_record("scaling_check_cpu", content, parse_device("cpu"), options.output)
     sys.stdout.write(check_table(results) + f"\n{file}\n")
     wrong = [
         f"{name}, {ranks} ranks"
