@@ -112,3 +112,32 @@ def diverges(world):
         world.all_reduce_(torch.ones(1000))
     else:
         world.barrier()
+
+
+def exchange_beside_backward(world) -> list:
+    """What happens in backward of a compiled net: a part of it is over, or a bucket's exchange begins, in order."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.PReLU()) for _ in range(6)))
+    ddp = wrap_data_parallel(torch.compile(net, backend="aot_eager", dynamic=False), world, bucket_cap_mb=2)
+    happened = []
+
+    def hook(_, bucket):
+        happened.append("bucket")
+        return allreduce_hook(None, bucket)
+
+    ddp.register_comm_hook(None, hook)
+    for _ in range(2):  # buckets follow the order of the first backward
+        happened.clear()
+        output = ddp(torch.ones(2, 512))
+        nodes, known = [output.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in known:
+                continue
+            known.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            if "Compiled" in node.name():
+                node.register_hook(lambda grads, outputs: happened.append("part"))
+        output.sum().backward()
+    return happened

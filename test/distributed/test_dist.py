@@ -235,3 +235,11 @@ def test_only_collectives_that_lost_a_peer_count_as_such():
 def test_run_ranks_itself_names_silent_and_failed_ranks():
     with pytest.raises(TimeoutError, match="no answer from rank 0, 1 of 2 within 3 s"):
         run_ranks(workers.sleeps, 2, 60, timeout=3)
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch.compile came with torch 2.0")
+def test_ranks_exchange_gradients_while_a_compiled_net_still_computes_others():
+    """DistributedDataParallel around the compiled module, as in the Learner: torch cuts its graph at the buckets."""
+    for happened in run_ranks(workers.exchange_beside_backward, 2):
+        parts = [i for i, what in enumerate(happened) if what == "part"]
+        assert len(parts) >= 3 and happened[: parts[-1]].count("bucket") >= 2, happened
