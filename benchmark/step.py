@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m benchmark.step [--device cpu] [--nets ir_50 mobilefacenet] [--batches 8 32]
     python -m benchmark.step --device cuda --head 85742 --policies O2 bf16 --baseline FOLDER_OF_ARCFACE_TORCH
+    python -m benchmark.step --nets mobilefacenet ir_se_50 --head 85742 --baseline FOLDER_OF_INSIGHTFACE_PYTORCH
 
 A step is what `Learner` does with a batch of synthetic faces that lies on the device: forward, backward, update; with
 --head C also the margin loss over C classes and the update of their centers, without it (0) a fixed gradient of the
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -53,7 +55,7 @@ from runtime import log
 from runtime.device import Device, parse_device
 from runtime.errors import UserError
 from runtime.loss_scale import parse_loss_scale
-from runtime.precision import POLICIES, Precision
+from runtime.precision import BATCH_NORM, POLICIES, Precision
 
 EMBEDDING_SIZE = 512
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -65,7 +67,7 @@ WARMUP_ROUNDS = 2
 ON_CPU = {"ir_50": (8,), "mobilefacenet": (32,)}
 ON_ACCELERATOR = dict.fromkeys(("ir_100", "ir_se_100", "iresnet_100", "ir_50", "mobilefacenet"), (128, 256, 512))
 FAST = {
-    "cpu": ("plain", "default", "channels_last", "sgd_foreach", "sgd_fused"),
+    "cpu": ("plain", "default", "contiguous", "sgd_foreach", "sgd_fused"),
     "cuda": ("plain", "default", "contiguous", "channels_last", "sgd_plain", "sgd_foreach", "tf32", "no_autotune",
              "static", "channels_last+static", "copied", "overlapped"),
     "npu": ("plain", "default", "contiguous", "channels_last", "sgd_plain", "sgd_foreach", "tf32", "copied",
@@ -153,6 +155,8 @@ class Step:
         torch.manual_seed(0)
         self.goal_BD = torch.randn(case.batch_size, EMBEDDING_SIZE).to(device.torch)
         build = {"ours": self._ours, "plain": self._plain, "baseline": self._baseline}[case.form.net]
+        if case.form.net == "baseline" and is_insightface_pytorch(case.baseline):
+            build = self._insightface_pytorch
         self.net, self._take, self._cast, memory_format, sgd, opt_level = build()
         self.memory_format = FORMATS[memory_format]
         self.on = {
@@ -286,6 +290,37 @@ class Step:
         precision = "its fp16" if half else "fp32"
         return net.module, take, lambda images: images, "contiguous", "torch.optim.SGD", precision
 
+    def _insightface_pytorch(self):
+        """The step of InsightFace_Pytorch's Learner.train: its net, its Arcface with all logits, one SGD over both in
+        which batch norm does not decay, and the loss read in each step. fp32 is all it has."""
+        case, device = self.case, self.device
+        if case.policy != "O0":
+            raise BenchmarkError(f"the baseline trains in fp32 only, not in {case.policy}")
+        theirs = insightface_pytorch(case.baseline)
+        if case.net_depth is None:
+            net = theirs.MobileFaceNet(EMBEDDING_SIZE)
+        else:
+            net = theirs.Backbone(case.net_depth, 0.6, case.net_mode)
+        net.to(device.torch).train()
+        head = theirs.Arcface(EMBEDDING_SIZE, case.classes).to(device.torch) if case.classes else None
+        norms = {id(p) for m in net.modules() if isinstance(m, BATCH_NORM) for p in m.parameters()}
+        parameters = [p for part in (net, head) if part is not None for p in part.parameters()]
+        groups = [
+            {"params": [p for p in parameters if id(p) not in norms], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in parameters if id(p) in norms]},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
+
+        def take(images_BCHW, labels_B):
+            optimizer.zero_grad()
+            emb_BD = net(images_BCHW)
+            loss = (emb_BD * self.goal_BD).sum() if head is None else F.cross_entropy(head(emb_BD, labels_B), labels_B)
+            loss.backward()
+            loss.item()
+            optimizer.step()
+
+        return net, take, lambda images: images, "contiguous", "torch.optim.SGD", "fp32"
+
 
 def draw_batch(batch_size: int, classes: int):
     """uint8 [B, 112, 112, 3] of synthetic faces, and int64 labels [B] below `classes`."""
@@ -319,6 +354,18 @@ def baseline_modules(folder: Path, device: Device, with_head: bool):
         importlib.import_module("losses"),
         importlib.import_module("partial_fc_v2"),
     )
+
+
+def is_insightface_pytorch(folder: Path) -> bool:
+    return (folder / "model.py").is_file() and (folder / "Learner.py").is_file()
+
+
+def insightface_pytorch(folder: Path):
+    """The module model.py of a checkout of InsightFace_Pytorch; the rest of it needs libraries that are gone."""
+    spec = importlib.util.spec_from_file_location("insightface_pytorch_model", folder / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def check_same_numbers(net_mode: str, net_depth: int | None, device: Device) -> None:
@@ -490,7 +537,7 @@ def plan(options, device: Device) -> list[list[Case]]:
     if options.baseline and not any(form.net == "baseline" for form in forms):
         forms.append(parse_form("baseline"))
     if not options.baseline and any(form.net == "baseline" for form in forms):
-        raise BenchmarkError("--fast baseline: say with --baseline where the folder recognition/arcface_torch is")
+        raise BenchmarkError("--fast baseline: say with --baseline where arcface_torch or InsightFace_Pytorch is")
     policies = options.policies or ["O0" if device.kind == "cpu" else "O2"]
     for policy in policies:
         Precision(policy, device)  # says it where the device lacks the type
@@ -512,7 +559,7 @@ def plan(options, device: Device) -> list[list[Case]]:
             for batch in batches
             for policy in policies
         ]
-    if options.baseline:
+    if options.baseline and not is_insightface_pytorch(options.baseline):
         baseline_modules(options.baseline, device, bool(options.head))
     return groups
 
@@ -527,7 +574,7 @@ def main(argv=None) -> None:
     parser.add_argument("--head", type=int, default=0, help="classes of the loss; 0 measures the backbone alone")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, help="steps a form takes in its turn; without it 1 on cpu, else 10")
-    parser.add_argument("--baseline", type=Path, help="a folder with arcface_torch, whose step is taken beside ours")
+    parser.add_argument("--baseline", type=Path, help="a folder with arcface_torch or InsightFace_Pytorch")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the record")
     options = parser.parse_args(argv)
     for name, low in (("rounds", 1), ("steps", 1), ("head", 0)):

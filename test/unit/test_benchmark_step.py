@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,3 +189,30 @@ def test_out_of_memory_leaves_a_row_that_says_so(monkeypatch):
     monkeypatch.setattr(step, "peak_memory", lambda *_: None)
     (row,) = step.rows_of([case], CPU, 1, 1)
     assert row["note"] == "out of memory" and "images_per_s" not in row
+
+
+def test_insightface_pytorchs_step_is_taken_from_its_model_file(tmp_path):
+    (tmp_path / "Learner.py").write_text("import bcolz_that_is_gone")
+    (tmp_path / "model.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Backbone(nn.Sequential):\n"
+        "    def __init__(self, depth, dropout, mode):\n"
+        "        assert (depth, dropout, mode) == (50, 0.6, 'ir_se')\n"
+        "        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(4, 512))\n"
+        "class Arcface(nn.Module):\n"
+        "    def __init__(self, width, classes):\n"
+        "        super().__init__()\n"
+        "        self.kernel = nn.Parameter(torch.randn(width, classes))\n"
+        "    def forward(self, x, label):\n"
+        "        return x @ self.kernel\n"
+    )
+    options = SimpleNamespace(
+        nets=["ir_se_50"], batches=[2], fast=["baseline"], policies=None, head=5, baseline=tmp_path
+    )
+    ((case,),) = step.plan(options, CPU)
+    taken = step.Step(case, CPU)
+    before = [p.clone() for p in taken.net.parameters()]
+    taken()
+    assert taken.on["opt_level"] == "fp32" and taken.on["memory_format"] == "contiguous"
+    assert not torch.equal(before[0], next(taken.net.parameters()))
