@@ -106,7 +106,7 @@ def build(case, device):
         dtype=getattr(torch, case["dtype"]),
         momentum_dtype=getattr(torch, case["momentum_dtype"]),
         momentum_on_host=case["momentum_on_host"],
-        operand=torch.bfloat16 if device.kind != "cpu" else torch.float32,
+        operand=getattr(torch, case["operand"]),
         **WAYS[case["way"]],
     )
 
@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--momentum_dtype", default="float32")
+    parser.add_argument("--operand", help="of the products, as a policy says; float32 on a CPU, else bfloat16")
     parser.add_argument("--momentum_on_host", action="store_true")
     parser.add_argument("--baseline", help="a folder with arcface_torch, whose Partial FC is run beside (cuda only)")
     parser.add_argument("--accumulate", type=int, default=1, help="forward passes an update")
@@ -328,6 +329,7 @@ def main() -> None:
         )
     }
     device = parse_device(options.device)
+    shared["operand"] = options.operand or ("float32" if device.kind == "cpu" else "bfloat16")
     shared["ceilings"] = ceilings(device)
     classes = options.classes or ([1e5, 1e6, 1e7] if options.sweep else [1e6])
     rates = options.sample_rate or ([1.0, 0.1, 0.01] if options.sweep else [1.0])

@@ -394,3 +394,26 @@ def test_a_whole_batch_on_one_wrong_center_stays_in_range(products, monkeypatch)
     largest = (64.0, float(truth[1].abs().max()), 4096 * 65536.0 * 64 / float(weight_CD[0].norm()))
     for a, b, size in zip(mine[:3], truth[:3], largest):
         assert torch.isfinite(a).all() and (a - b).abs().max() <= 2.0**-9 * size
+
+
+@pytest.mark.skipif(not hasattr(torch, "autocast"), reason="torch 1.8 has no bfloat16 policy on a CPU")
+@pytest.mark.parametrize("normalise", [True, False])
+def test_bfloat16_sums_on_a_cpu_that_has_them_are_off_by_its_rounding(normalise, monkeypatch):
+    """Logits and loss stay float32's to the bit; gradients err by two roundings of operands and one of a sum. On other
+    CPUs, and under other policies, nothing changes."""
+    generator = torch.Generator().manual_seed(0)
+    emb_BD, weight_CD = torch.randn(24, 32, generator=generator), torch.randn(700, 32, generator=generator) / 32**0.5
+    label_B = torch.randint(700, (24,), generator=generator)
+    spec = dict(s=16.0 if normalise else 1.0, normalise=normalise)
+
+    def results(has, operand):
+        monkeypatch.setattr(chunked, "cpu_has_bfloat16", lambda: has)
+        return run("chunked", emb_BD, weight_CD, label_B, torch.full((24,), 1 / 24), operand=operand, **spec)[:3]
+
+    exact = results(False, torch.float32)
+    for other in (results(False, torch.bfloat16), results(True, torch.float16), results(True, torch.float32)):
+        assert all(torch.equal(a, b) for a, b in zip(other, exact))
+    loss_B, *grads = results(True, torch.bfloat16)
+    assert torch.equal(loss_B, exact[0])
+    for mine, truth in zip(grads, exact[1:]):
+        assert not torch.equal(mine, truth) and (mine - truth).norm() <= 3 * 2.0**-9 * truth.norm()
