@@ -28,27 +28,23 @@ def choose_op(name: str, device: torch.device, rows: Rows, spec, world, batch: i
     if len(ops) < 2 or not batch:
         return ops[0], {}
     if rows.count > TRIAL_ROWS:
-        index_R = rows.index_R
-        rows = Rows(rows.weight_CW, rows.inverse_C, None if index_R is None else index_R[:TRIAL_ROWS])
-        if index_R is None:
-            rows = Rows(
-                rows.weight_CW[:TRIAL_ROWS], rows.inverse_C if rows.inverse_C is None else rows.inverse_C[:TRIAL_ROWS]
-            )
+        if rows.index_R is None:
+            rows = Rows(*(None if t is None else t[:TRIAL_ROWS] for t in rows))
+        else:
+            rows = rows._replace(index_R=rows.index_R[:TRIAL_ROWS])
     spec = replace(spec, margin=lambda target_B, norm_B: (target_B, torch.ones_like(target_B)))  # without statistics
     images = batch * world.size
     emb_BD = torch.randn(images, rows.weight_CW.shape[1], device=device, dtype=torch.float32)
     column_B = torch.arange(images, device=device) * max(1, rows.count // images) % rows.count
     seen = {op.name: _try(op, emb_BD, rows, column_B, spec) for op in ops}
-    first = seen[ops[0].name].pop("results", None)
-    trials = {}
-    for op_name, trial in seen.items():
+    first = seen[ops[0].name].get("results")
+    for trial in seen.values():
         results = trial.pop("results", None)
         if results is not None and first is not None:
             trial["difference"] = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results, first))
-        trials[op_name] = trial
-    everyone = world.all_gather_object(trials)
+    everyone = world.all_gather_object(seen)
     agreed = {op.name: max(_cost(of_rank[op.name]) for of_rank in everyone) for op in ops}
-    return min(ops, key=lambda op: agreed[op.name]), trials
+    return min(ops, key=lambda op: agreed[op.name]), seen
 
 
 def _cost(trial) -> float:

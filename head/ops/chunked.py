@@ -104,6 +104,19 @@ class Left:
             stored_KD = stored_KD * inverse_K[:, None]
         return stored_KD.to(self.operand_BD.dtype), None
 
+    def scaled(self, kept, spec) -> tuple:
+        """For the second pass, what p is multiplied by so that operands keep to their range (see the module's text);
+        the images' weights beside it; the factor of the sums, None for 1; minus_B times, and lse_B less, the first."""
+        if not self.low:
+            return 1.0, spec.s * kept.grad_B, None, kept.minus_B, kept.lse_B
+        boost, limit = _range(self.operand_BD)
+        peak = kept.grad_B.abs().max()
+        minus_B = boost * kept.minus_B
+        if limit is not None:
+            minus_B = minus_B.clamp(-limit, limit)
+        weight_B = kept.grad_B * inverse_of(peak)
+        return boost, weight_B, peak * (spec.s / boost), minus_B, kept.lse_B - math.log(boost)
+
     def logits(self, right_KD, inverse_K, flat):
         """s * cosines of a chunk, [B, K], in the buffer."""
         z_BK = flat[: self.unit_BD.shape[0] * len(right_KD)].view(-1, len(right_KD))
@@ -202,18 +215,8 @@ class Chunked:
     def second(self, kept, rows, spec, sink) -> None:
         with full_precision(kept.unit_BD.device):
             left = Left.of(kept.unit_BD, kept.column_B, spec)
-            boost, limit, scale = 1.0, None, None
-            right_BD = left.unit_BD * (spec.s * kept.grad_B)[:, None]
-            if left.low:
-                boost, limit = _range(left.operand_BD)
-                peak = kept.grad_B.abs().max()
-                right_BD = (left.unit_BD * (kept.grad_B * inverse_of(peak))[:, None]).to(left.operand_BD.dtype)
-                scale = peak * (spec.s / boost)
-            right_BD = right_BD.to(left.sums)
-            minus_B = boost * kept.minus_B
-            if limit is not None:
-                minus_B = minus_B.clamp(-limit, limit)
-            shift_B = kept.lse_B - math.log(boost)
+            boost, weight_B, scale, minus_B, shift_B = left.scaled(kept, spec)
+            right_BD = (left.unit_BD * weight_B[:, None]).to(left.sums)
             flat = _buffer(left, rows)
             other = torch.empty_like(flat)
             width = right_BD.shape[1]

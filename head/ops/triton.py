@@ -14,13 +14,12 @@ float32 operands, and rows wider than a tile can be, take the chunked passes: th
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 
 import torch
 
 from head.ops import HeadOp, rows_of
-from head.ops.chunked import Chunked, _range, chunks_of, inverse_of
+from head.ops.chunked import Chunked, Left, chunks_of
 from head.storage import DROPPED_BITS, ByteTable
 from runtime.errors import ModelError
 
@@ -111,22 +110,13 @@ class TritonPasses(Chunked):
         return top_B, (total * fade).sum(0), best.amax(0), better.sum(0), out_BD
 
     def second(self, kept, rows, spec, sink) -> None:
-        from head.ops.chunked import Left
-
         left = Left.of(kept.unit_BD, kept.column_B, spec)
         if not _takes(left):
             return super().second(kept, rows, spec, sink)
         from head.ops.triton_kernels import gradient_kernel
 
         batch, dim = left.unit_BD.shape
-        boost, limit = _range(left.operand_BD)
-        minus_B = boost * kept.minus_B
-        if limit is not None:
-            minus_B = minus_B.clamp(-limit, limit)
-        peak = kept.grad_B.abs().max()
-        weight_B = kept.grad_B * inverse_of(peak)
-        scale = peak * (spec.s / boost)
-        shift_B = kept.lse_B - math.log(boost)
+        boost, weight_B, scale, minus_B, shift_B = left.scaled(kept, spec)
         operand_BD, column_B = left.operand_BD.contiguous(), left.column_B.contiguous()
         member, part = (column_B, column_B) if kept.member_NR is None else (kept.member_NR.to(torch.int8), kept.part_B)
         for start, stop in chunks_of(left, rows):
