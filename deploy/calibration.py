@@ -16,7 +16,7 @@ import numpy as np
 from checkpoint import store
 from data.pairs import load_pairs
 from deploy.photos import list_photos, read_photo
-from runtime.errors import ConfigError, DamagedItem, DataError, ModelError, PairError
+from runtime.errors import ConfigError, DamagedItem, DataError, ModelError, PairError, printable
 from runtime.files import atomic_file
 from verify.protocol import pair_distances
 
@@ -84,10 +84,14 @@ def calibrate_pairs(emb_2PD: np.ndarray, issame_P, far, data: str = "") -> Calib
     distance_P, same_P = pair_distances(np.asarray(emb_2PD)), np.asarray(issame_P, bool)
     different_P = np.sort(distance_P[~same_P])
     far = _possible(far, len(different_P))
+    return _result(different_P, distance_P[same_P], far, data, _interval(different_P, far))
+
+
+def _interval(different_P: np.ndarray, far: float) -> np.ndarray:
+    """[low, high] of the threshold, from sorted distances of independent pairs."""
     counts = np.random.default_rng(0).binomial(len(different_P), far, size=20_000)
-    low, high = np.percentile(counts, [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2]).astype(int)
-    last = len(different_P) - 1
-    return _result(different_P, distance_P[same_P], far, data, different_P[[min(low, last), min(high, last)]])
+    low_high = np.percentile(counts, [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2]).astype(int)
+    return different_P[low_high.clip(max=len(different_P) - 1)]
 
 
 def calibrate_people(emb_ND: np.ndarray, person_N, far, data: str = "") -> Calibration:
@@ -114,6 +118,9 @@ def calibrate_people(emb_ND: np.ndarray, person_N, far, data: str = "") -> Calib
             place = np.searchsorted(np.cumsum(weight_P), int(far * total + 1e-9), side="right")
             drawn.append(different_P[min(place, len(different_P) - 1)])
     low_high = np.percentile(drawn, [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2])
+    # two people drawn anew are the same two: the interval is at least that of independent pairs
+    alone = _interval(different_P, far)
+    low_high = min(low_high[0], alone[0]), max(low_high[1], alone[1])
     return _result(different_P, distance_P[same_P], far, data, low_high)
 
 
@@ -146,9 +153,11 @@ def calibrate(recognizer, path, far, channel_order: Optional[str] = None, say=pr
         try:
             face_SS3 = read_photo(path / photo, max_pixels=4096 * 4096)
             if face_SS3.shape[:2] != (size, size):
-                raise DamagedItem(f"is {face_SS3.shape[1]}x{face_SS3.shape[0]}: align it first (tools.align)")
+                raise DamagedItem(
+                    f"is {face_SS3.shape[1]}x{face_SS3.shape[0]}: align it first (tools.align --size={size})"
+                )
         except DamagedItem as error:
-            say(f"{path / photo}: {error}: left out")
+            say(f"{printable(path / photo)}: {error}: left out")
             continue
         faces.append(face_SS3)
         names.append(photo.parts[0])

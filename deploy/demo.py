@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--input", default=None, help="an image, a folder of images, or a video")
     add("--output", default="./output/", help="folder of the results")
     add("--det_thresh", type=float, default=0.8, help="least score of a face")
+    add("--det_size", type=int, default=640, help="long side in pixels that an ONNX detector sees: more for tiny faces")
     add("--index", default=None, help="a gallery of ours, an index.bin or a facebank")
     add("--cdd_num", type=int, default=5, help="how many of the nearest entries the JSON file lists")
     add(
@@ -98,12 +99,16 @@ class InsightFace:
         self._gallery: Optional[Gallery] = None
         self._colours: dict[str, tuple] = {}
         self._recognizer = None
-        self._detector = open_detector(args.det_model, args.det_thresh) if args.det or args.build_index else None
+        self._detector = None
+        if args.det or args.build_index:
+            self._detector = open_detector(args.det_model, args.det_thresh, args.det_size)
         if args.rec or args.build_index:
             self._open_recognizer()
         if args.rec and args.index:
             self._gallery = open_gallery(args.index, self._fingerprint, self._dimension)
             self._similarity = self._least_similarity()
+            if not len(self._gallery):
+                log.warning("%s: is an empty gallery: everybody is unknown", printable(args.index))
         elif args.rec and not args.build_index:
             log.warning("--rec without --index: nobody is known, so faces are only found")
 
@@ -119,7 +124,7 @@ class InsightFace:
             raise ConfigError("--rec needs --index, the gallery of known people: make one with --build_index")
         if args.rec_thresh is not None and not -1 <= args.rec_thresh <= 1:
             raise ConfigError(f"--rec_thresh {args.rec_thresh}: a cosine, from -1 to 1")
-        for name in ("max_batch_size", "cdd_num", "cpu_threads"):
+        for name in ("max_batch_size", "cdd_num", "cpu_threads", "det_size"):
             if getattr(args, name) < 1:
                 raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
 
@@ -341,8 +346,14 @@ class InsightFace:
         left. In a photo with several faces the largest is the person's; one without a face is left out, or, with
         --like_original, is taken as the face."""
         args = self.args
-        entries = []
+        entries, folders = [], {}
         for number, (photo, name) in enumerate(self._labelled(), start=1):
+            if folders.setdefault(name.strip(), photo.parent) != photo.parent:
+                log.warning(
+                    "%s: is of %s, as photos in %s are: both are taken for one person; give two people two names",
+                    *map(printable, (photo, name, folders[name.strip()])),
+                )
+                folders[name.strip()] = photo.parent
             try:
                 entries.append((check_name(name), self._person(read_photo(Path(args.img_dir) / photo))))
             except (DamagedItem, GalleryError) as error:

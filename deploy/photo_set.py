@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from data import format_of
 from data.images import image_size, read_file
 from deploy.alignment import SIZE, align_faces
+from deploy.detection import SIZE as DETECTION_SIZE
 from deploy.detection import open_detector
 from deploy.photos import SUFFIXES, list_photos, read_photo
 from runtime.errors import DamagedItem, DataError, UserError, printable
@@ -48,6 +49,7 @@ class Settings(NamedTuple):
     faces: str = "largest"
     min_face: int = 20
     size: int = SIZE
+    det_size: int = DETECTION_SIZE
 
 
 def align_folder(source, target, settings: Settings = Settings(), workers: int = 0, say=print) -> Counter:  # noqa: B008
@@ -59,7 +61,9 @@ def align_folder(source, target, settings: Settings = Settings(), workers: int =
     """
     source, target = Path(source), Path(target)
     _check_folders(source, target)
-    open_detector(settings.det_model, settings.det_thresh)  # a wrong one is said once, not by every process
+    open_detector(
+        settings.det_model, settings.det_thresh, settings.det_size
+    )  # a wrong one is said once, not by every process
     target.mkdir(parents=True, exist_ok=True)
     record_path = target / RECORD
     if os.path.lexists(record_path) and not os.path.isfile(record_path):
@@ -175,7 +179,7 @@ def _start(settings: Settings, threads: Optional[int] = None) -> None:
     global _detector
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    _detector = open_detector(settings.det_model, settings.det_thresh)
+    _detector = open_detector(settings.det_model, settings.det_thresh, settings.det_size)
 
 
 def _look(source: Path, target: Path, settings: Settings, job) -> dict:

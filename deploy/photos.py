@@ -64,7 +64,7 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:  # raised at twice Pillow's own limit
         raise DamagedItem(f"claims more pixels than are decoded ({error})") from None
     except Exception as error:
-        reason = "no image format that is read here" if isinstance(error, OSError) else str(error)
+        reason = "no image format that is read here, or cut off" if isinstance(error, OSError) else str(error)
         raise DamagedItem(f"not an image ({reason})") from None
 
 

@@ -21,13 +21,21 @@ def main() -> int:
     parser.add_argument("--faces", choices=FACES, default=default.faces, help="of each photo")
     parser.add_argument("--min_face", type=int, default=default.min_face, help="least side of a face in pixels")
     parser.add_argument("--size", type=int, default=default.size, help="side of an aligned face")
+    parser.add_argument(
+        "--det_size",
+        type=int,
+        default=default.det_size,
+        help="long side that an ONNX detector sees: more for tiny faces",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 for every core")
     args = parser.parse_args()
     if not 16 <= args.size <= 1024:
         raise ConfigError(f"--size {args.size}: from 16 to 1024 pixels (112 is what the networks here take)")
     if not 0 <= args.det_thresh <= 1:
         raise ConfigError(f"--det_thresh {args.det_thresh}: from 0 to 1")
-    settings = Settings(args.det_model, args.det_thresh, args.faces, args.min_face, args.size)
+    if not 64 <= args.det_size <= 8192:
+        raise ConfigError(f"--det_size {args.det_size}: from 64 to 8192 pixels")
+    settings = Settings(args.det_model, args.det_thresh, args.faces, args.min_face, args.size, args.det_size)
     ends = align_folder(args.input, args.output, settings, args.workers)
     for end, count in ends.most_common():
         print(f"{count:8d}  {end}")

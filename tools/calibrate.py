@@ -9,9 +9,9 @@ The last takes only the people that images_2_recordio set apart: a network knows
 
 from __future__ import annotations
 
-from data.images import read_file
 from deploy.backends import load_recognizer
 from deploy.calibration import calibrate, write_calibration
+from runtime.files import open_regular
 from runtime.log import Parser, run_command, setup_logging
 
 
@@ -28,7 +28,10 @@ def main() -> None:
     parser.add_argument("--channel_order", choices=("rgb", "bgr"), help="of the pair set, where nothing beside it says")
     args = parser.parse_args()
     setup_logging()
-    people = read_file(args.people).decode("utf-8", "replace").splitlines() if args.people else None
+    people = None
+    if args.people:
+        with open_regular(args.people) as file:
+            people = file.read().decode("utf-8", "replace").splitlines()
     path, recognizer = load_recognizer(args.model, args.device)
     calibration = calibrate(recognizer, args.pairs, args.far, args.channel_order, people=people)
     print(calibration)

@@ -154,6 +154,18 @@ def test_options_that_do_not_go_together(place, words, message):
         face.InsightFace(options(place, *words))
 
 
+def test_two_people_of_one_name_and_nobody_are_said(place, caplog):
+    (place / "label.txt").write_text("ann/1.png\tWang Wei\nbob/1.png\tWang Wei\nann/1.png\teve\n")
+    build(place, f"--label={place}/label.txt").build_index()
+    assert "bob/1.png: is of Wang Wei, as photos in ann are: both are taken for one person" in caplog.text
+    assert caplog.text.count("taken for one person") == 1
+    with Gallery.open(place / "g.db") as gallery:
+        assert gallery.people() == {"Wang Wei": 2, "eve": 1}
+        gallery.remove("Wang Wei"), gallery.remove("eve")
+    (result,) = recogniser(place).predict(picture(ANN))
+    assert result["labels"] == ["unknown"] and "is an empty gallery: everybody is unknown" in caplog.text
+
+
 def test_no_threshold_is_said(place, caplog):
     face.InsightFace(options(place, "--det", "--rec", f"--index={place}/g.db"))
     assert "no threshold is calibrated" in caplog.text
