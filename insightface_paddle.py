@@ -1,9 +1,15 @@
-"""insight-face-paddle's Python use, `import insightface_paddle as face`: see deploy.demo."""
+"""insight-face-paddle's Python use, `import insightface_paddle as face`, and its command: see deploy.demo."""
 
 from deploy.demo import InsightFace, main, parser
 from runtime.log import run_command
 
 __all__ = ["InsightFace", "parser"]
 
-if __name__ == "__main__":
+
+def command() -> None:
+    """`insightfacepaddle --det ...`, once `pip install -e .` has put the name beside the interpreter."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SIMILARITY = 0.45  # the original's, where no calibration says better
 COLOURS = 100
+PADDLE_MODELS = ("BlazeFace", "MobileFace", "ArcFace")  # the original's, by name
 _WRITTEN = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -114,6 +115,12 @@ class InsightFace:
 
     def _check(self) -> None:
         args = self.args
+        for option, cure in (("det_model", "leave it out for MTCNN"), ("rec_model", "export a checkpoint")):
+            given = getattr(args, option)
+            if given in PADDLE_MODELS or os.path.isfile(os.path.join(given, "inference.pdmodel")):
+                raise ConfigError(
+                    f"--{option} {given}: models of Paddle are not read here: give an ONNX file, or {cure}"
+                )
         if not (args.det or args.rec or args.build_index):
             raise ConfigError("nothing to do: give --det, --rec or --build_index")
         if args.build_index and (args.det or args.index):

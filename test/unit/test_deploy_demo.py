@@ -147,7 +147,8 @@ def test_building_a_gallery_with_broken_photos(place, caplog):
 @pytest.mark.parametrize("words, message", [
     ([], "nothing to do"), (["--build_index=x"], "--img_dir"), (["--rec"], "--rec needs --index"),
     (["--build_index=x", "--det", "--img_dir=y"], "without --det"), (["--det", "--rec_thresh=2"], "a cosine"),
-    (["--det", "--max_batch_size=0"], "at least 1"), (["--det", "--rec", "--index=missing"], "no such gallery"),
+    (["--det", "--max_batch_size=0"], "at least 1"), (["--det", "--det_model=BlazeFace"], "models of Paddle"),
+    (["--det", "--rec", "--index=missing"], "no such gallery"),
 ])  # fmt: skip
 def test_options_that_do_not_go_together(place, words, message):
     with pytest.raises((ConfigError, GalleryError), match=message):
