@@ -50,6 +50,7 @@ prepare_photos() {
     local place=data/photos_$(printf '%s' "$1" | checksum) partial
     aligned=$place/aligned
     use_environment requirements.txt requirements-serve.txt
+    [ ! -e "$called_from/${DET_MODEL:-}" ] || DET_MODEL=${DET_MODEL:+$called_from/$DET_MODEL}
     echo "1 of 4: the faces of $1, aligned, into $aligned"
     "$PYTHON" -m tools.align --input="$1" --output="$aligned" ${DET_MODEL:+"--det_model=$DET_MODEL"}
     set=$place/set_$(find "$aligned" -name '*.jpg' -exec cksum {} + | sort | checksum)  # of other faces, another set
@@ -78,7 +79,7 @@ if [ -n "$photos" ]; then
     else
         small+=("--epochs=$epochs" "--milestones=$((epochs * 2 / 3)),$((epochs * 5 / 6))")
     fi
-    set -- "${small[@]}" "$@" "--data_path=$set" --val_targets=val
+    set -- "${small[@]}" --val_targets=val "$@" "--data_path=$set"
 fi
 run=${run:-test/output/$name}
 if [ "$(cat "$run/done" 2>/dev/null)" = "$name" ]; then

@@ -1,6 +1,6 @@
 """What each way to fine-tune gives on 20 people of 5 photos each, with three seeds.
 
-    python -m benchmark.finetune WEIGHTS SET [--seeds 3] [--rows plain "--freeze=3" ...] [--minutes 4]
+    python -m benchmark.finetune WEIGHTS SET [--seeds 3] [--rows plain "freeze=3" ...] [--minutes 4]
 
 WEIGHTS: a checkpoint of this project, or the state dict of the public MobileFaceNet of 128 numbers
 (foamliu/MobileFaceNet). SET: a training set with at least 50 people of 15 photos.
@@ -38,23 +38,23 @@ from runtime.device import parse_device
 
 PEOPLE, OTHERS, PHOTOS, LEAST = 20, 30, 5, 15
 BATCH, EPOCHS, LR, FAR = 20, 5, 0.01, 1e-3
-EVERY_AUGMENTATION = "--augment=crop,low_resolution,photometric"
-UNEQUAL = "1 to 9 photos a person"
-UNTRAINED = "as it came"
-ROWS = {
-    UNTRAINED: [],
-    "plain": [],
-    "--freeze=3": ["--freeze=3"],
-    "--freeze=5": ["--freeze=5"],
-    "--lr_decay_by_part=0.5": ["--lr_decay_by_part=0.5"],
-    "--augment=crop": ["--augment=crop"],
-    "--augment=low_resolution": ["--augment=low_resolution"],
-    "--augment=photometric": ["--augment=photometric"],
-    EVERY_AUGMENTATION: [EVERY_AUGMENTATION],
-    f"--freeze=3 {EVERY_AUGMENTATION}": ["--freeze=3", EVERY_AUGMENTATION],
-    UNEQUAL: [],
-    f"{UNEQUAL} --class_balanced=true": ["--class_balanced=true"],
-}
+UNTRAINED, UNEQUAL = "as it came", "1 to 9 photos a person"
+ALL = "augment=crop,low_resolution,photometric"
+ROWS = [
+    UNTRAINED,
+    "plain",
+    "freeze=3",
+    "freeze=5",
+    "lr_decay_by_part=0.5",
+    "freeze=3 lr_decay_by_part=0.5",
+    "augment=crop",
+    "augment=low_resolution",
+    "augment=photometric",
+    ALL,
+    f"freeze=3 {ALL}",
+    UNEQUAL,
+    f"{UNEQUAL} class_balanced=true",
+]
 
 
 # --- the public network -----------------------------------------------------------------------------------------------
@@ -204,7 +204,8 @@ def run(row: str, seed: int, options, dataset) -> dict:
                 f"--milestones={options.epochs * 2 // 3}", "--num_workers=0", "--with_test=false",
                 "--tensorboard=false", f"--work_path={folder}", f"--run_dir={folder}/run",
             ]  # fmt: skip
-            config: Config = parse_arguments([*words, *ROWS[row]])
+            words += [f"--{word}" for word in row.split() if "=" in word]
+            config: Config = parse_arguments(words)
             device.seed(seed)
             learner = Learner(recognizer, config, train)
             learner.train()
@@ -230,7 +231,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("weights", "set"):
         parser.add_argument(name)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
