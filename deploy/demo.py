@@ -29,7 +29,7 @@ from PIL import Image
 
 from deploy.alignment import align_faces
 from deploy.backends import load_recognizer
-from deploy.detection import Faces, open_detector
+from deploy.detection import Faces, check_size, open_detector
 from deploy.drawing import colour, draw_faces
 from deploy.gallery import UNKNOWN, Gallery, Match, check_name, open_gallery, similarity_threshold
 from deploy.photos import SUFFIXES, list_photos, read_photo
@@ -65,7 +65,12 @@ def parser() -> argparse.ArgumentParser:
     add("--input", default=None, help="an image, a folder of images, or a video")
     add("--output", default="./output/", help="folder of the results")
     add("--det_thresh", type=float, default=0.8, help="least score of a face")
-    add("--det_size", type=int, default=640, help="long side in pixels that an ONNX detector sees: more for tiny faces")
+    add(
+        "--det_size",
+        type=int,
+        default=0,
+        help="long side to which photos are reduced to find faces: more for tiny ones",
+    )
     add("--index", default=None, help="a gallery of ours, an index.bin or a facebank")
     add("--cdd_num", type=int, default=5, help="how many of the nearest entries the JSON file lists")
     add(
@@ -131,7 +136,8 @@ class InsightFace:
             raise ConfigError("--rec needs --index, the gallery of known people: make one with --build_index")
         if args.rec_thresh is not None and not -1 <= args.rec_thresh <= 1:
             raise ConfigError(f"--rec_thresh {args.rec_thresh}: a cosine, from -1 to 1")
-        for name in ("max_batch_size", "cdd_num", "cpu_threads", "det_size"):
+        check_size(args.det_size)
+        for name in ("max_batch_size", "cdd_num", "cpu_threads"):
             if getattr(args, name) < 1:
                 raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 from PIL import Image
 
-from runtime.errors import ModelError
+from runtime.errors import ConfigError, ModelError
 
 MOST_CANDIDATES = 5000  # a hostile picture must not make the suppression of overlaps quadratic in a million
 SIZE = 640  # the long side that the ONNX detectors see
@@ -41,17 +41,23 @@ class Faces(NamedTuple):
         return int((width_N * height_N).argmax())
 
 
-def open_detector(det_model: Optional[str] = None, threshold: float = 0.6, size: int = SIZE):
+def open_detector(det_model: Optional[str] = None, threshold: float = 0.6, size: int = 0):
     """The detector of an ONNX file, or MTCNN where `det_model` is empty. Raises ModelError, one line.
 
-    threshold: the least score; size: the long side in pixels to which a photo is reduced for an ONNX detector (faces
-    below a fortieth of it are missed).
+    threshold: the least score; size: the long side in pixels to which a photo is reduced, 0 for the detector's own (640
+    for an ONNX file, of which faces below a fortieth are missed, 1280 for MTCNN).
     """
     if not det_model:
-        from deploy.mtcnn import Mtcnn  # loads torch
+        from deploy.mtcnn import LONG_SIDE, Mtcnn  # loads torch
 
-        return Mtcnn(threshold)
-    return OnnxDetector(det_model, threshold, size)
+        return Mtcnn(threshold, size=size or LONG_SIDE)
+    return OnnxDetector(det_model, threshold, size or SIZE)
+
+
+def check_size(size: int) -> None:
+    """Raises ConfigError for what `open_detector` cannot take."""
+    if size and not 64 <= size <= 8192:
+        raise ConfigError(f"--det_size {size}: from 64 to 8192 pixels, or 0 for the detector's own")
 
 
 def suppress(boxes_N4: np.ndarray, scores_N: np.ndarray, overlap: float, of_smaller: bool = False) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Optional
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -82,8 +83,8 @@ class Mtcnn:
 
     name = "mtcnn"
 
-    def __init__(self, threshold: float = 0.7, device: Optional[torch.device] = None):
-        self.threshold, self.device = threshold, device or torch.device("cpu")
+    def __init__(self, threshold: float = 0.7, device: Optional[torch.device] = None, size: int = LONG_SIDE):
+        self.threshold, self.device, self.size = threshold, device or torch.device("cpu"), size
         self.nets = _build()
         load = _find_weights()
         for name, net in self.nets.items():
@@ -93,12 +94,13 @@ class Mtcnn:
     def detect(self, image_HWC: np.ndarray) -> Faces:
         """The faces of a uint8 RGB photo [H, W, 3]."""
         height, width = image_HWC.shape[:2]
+        scale = self.size / max(height, width)
+        if scale < 1:  # in bytes: as floats a phone's largest photo would take gigabytes
+            size = [max(round(side * scale), 1) for side in (width, height)]
+            image_HWC = np.array(Image.fromarray(image_HWC).resize(size, Image.BOX))
         with torch.no_grad():
             x = torch.tensor(image_HWC, device=self.device).permute(2, 0, 1)[None].float()
             x = (x - 127.5) / 128
-            scale = min(1.0, LONG_SIDE / max(height, width))
-            if scale < 1:
-                x = F.interpolate(x, size=[max(round(s * scale), 1) for s in (height, width)], mode="area")
             boxes_N4, scores_N = self._propose(x)
             boxes_N4, scores_N, _ = self._refine(x, boxes_N4, "rnet", 24, THRESHOLDS[1])
             boxes_N4, scores_N, points_N52 = self._refine(x, boxes_N4, "onet", 48, self.threshold)

@@ -27,7 +27,6 @@ from PIL import Image, ImageDraw
 from data import format_of
 from data.images import image_size, read_file
 from deploy.alignment import SIZE, align_faces
-from deploy.detection import SIZE as DETECTION_SIZE
 from deploy.detection import open_detector
 from deploy.photos import SUFFIXES, list_photos, read_photo
 from runtime.errors import DamagedItem, DataError, UserError, printable
@@ -49,7 +48,7 @@ class Settings(NamedTuple):
     faces: str = "largest"
     min_face: int = 20
     size: int = SIZE
-    det_size: int = DETECTION_SIZE
+    det_size: int = 0
 
 
 def align_folder(source, target, settings: Settings = Settings(), workers: int = 0, say=print) -> Counter:  # noqa: B008

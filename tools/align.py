@@ -6,6 +6,7 @@ stood. align_report.html in the output folder shows what was found, what not, an
 
 from __future__ import annotations
 
+from deploy.detection import check_size
 from deploy.photo_set import FACES, REPORT, Settings, align_folder
 from runtime.errors import ConfigError
 from runtime.log import Parser, run_command
@@ -25,7 +26,7 @@ def main() -> int:
         "--det_size",
         type=int,
         default=default.det_size,
-        help="long side that an ONNX detector sees: more for tiny faces",
+        help="long side to which photos are reduced to find faces: more for tiny ones",
     )
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 for every core")
     args = parser.parse_args()
@@ -33,8 +34,7 @@ def main() -> int:
         raise ConfigError(f"--size {args.size}: from 16 to 1024 pixels (112 is what the networks here take)")
     if not 0 <= args.det_thresh <= 1:
         raise ConfigError(f"--det_thresh {args.det_thresh}: from 0 to 1")
-    if not 64 <= args.det_size <= 8192:
-        raise ConfigError(f"--det_size {args.det_size}: from 64 to 8192 pixels")
+    check_size(args.det_size)
     settings = Settings(args.det_model, args.det_thresh, args.faces, args.min_face, args.size, args.det_size)
     ends = align_folder(args.input, args.output, settings, args.workers)
     for end, count in ends.most_common():
