@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from config import Config, replace
-from configs.published import PUBLISHED
+from configs.published import LACKING, PUBLISHED
 from runtime.errors import ConfigError
 
 # One device: ir_se 100 on faces_emore. The model zoo's own entry gives about 40 hours on one NPU.
@@ -74,4 +74,6 @@ def table() -> str:
         )
         about = about or "this project's own; none published"
         lines.append(f"{name:<30} {network:<16} {batch:>12} {config.lr:>7g} {config.epochs:>6}  {about}")
+    lines += ["", "published elsewhere, and what this program lacks for it:"]
+    lines += [f"{name}: {lacks}" for name, lacks in LACKING.items()]
     return "\n".join(lines)

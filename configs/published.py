@@ -74,7 +74,11 @@ _mbf = dict(net_mode="mbf", weight_decay=1e-4)
 
 def _of(name: str, data: str, wall: str, accuracy: str, ranks: int = 8, hardware: str = GPUS, **changes) -> Published:
     source = f"arcface_torch, configs/{name}.py"
-    return Published(replace(arcface_torch, **changes), source, hardware, ranks, SETS[data], wall, accuracy)
+    return Published(replace(arcface_torch, **changes), source, hardware, ranks, SETS.get(data, data), wall, accuracy)
+
+
+def _filtered(rate: float) -> dict:
+    return dict(sample_rate=rate, interclass_filtering_threshold=0.4)
 
 
 _NONE = "none published"
@@ -170,21 +174,43 @@ _ARCFACE_TORCH = {
         )
         for depth, ijb, mfr in ((18, 95.77, 79.13), (50, 97.48, 94.03), (100, 97.82, 96.69), (200, 97.97, 97.70))
     },
+    **{
+        f"wf12m_pfc{rate:03d}_r100": Published(
+            replace(arcface_torch, **_cosface, **_r100, sample_rate=rate / 100),
+            "arcface_torch, docs/eval.md (no config file)", GPUS, 8, SETS["WF12M"], "not published",
+            f"IJB-C 1e-4 {ijb}, MFR-ALL {mfr}",
+        )
+        for rate, ijb, mfr in ((30, 97.64, 94.71), (10, 97.56, 94.49), (5, 97.51, 94.05))
+    },
+    # WebFace12M with wrong labels: the set is the user's to make
+    **{
+        name: _of(
+            name, data, "not published", f"IJB-C 1e-4 {ijb}, MFR-ALL {mfr}", **_cosface, warmup_epochs=2.0, **noise
+        )
+        for name, data, ijb, mfr, noise in (
+            ("wf12m_flip_r50", "WF12M, 40 % of labels flipped", 88.35, 43.87, {}),
+            ("wf12m_flip_pfc01_filter04_r50", "WF12M, 40 % of labels flipped", 96.11, 80.20, _filtered(0.1)),
+            ("wf12m_conflict_r50", "WF12M as 1,017,970 identities", 95.30, 79.93, {}),
+            ("wf12m_conflict_pfc03_filter04_r50", "WF12M as 1,017,970 identities", 97.28, 91.68, _filtered(0.3)),
+        )
+    },
 }  # fmt: skip
 
 # AdaFace, scripts/run_ir*_ms1mv2.sh and train_val.py: no decay of batch norms, BGR images.
 adaface = Config(
     net_mode="ir", net_depth=50, loss_type="adaface", margin=0.4, data_mode="", val_targets=TARGETS, epochs=26,
     batch_size=512, lr=0.1, milestones=(12, 20, 24), weight_decay=5e-4, opt_level="O1", loss_scale="dynamic",
-    weights_channel_order="bgr",
+    weights_channel_order="bgr", augment=("crop", "low_resolution", "photometric"),
 )  # fmt: skip
 _ADAFACE = {
     f"adaface_{name}_r{depth}": Published(
-        replace(adaface, net_depth=depth), "AdaFace, README.md and scripts/run_ir*_ms1mv2.sh (which is for MS1MV2; its "
-        "low-resolution, crop and photometric augmentations are not here)", "2 GPUs", 2, SETS[data], "not published",
-        accuracy,
+        replace(adaface, net_depth=depth), "AdaFace, README.md and scripts/run_ir*_ms1mv2.sh (which is for MS1MV2; it "
+        "crops, blurs and colours a fifth of the images each: --augment does so by its own numbers)", "2 GPUs", 2,
+        SETS[data], "not published", accuracy,
     )
     for name, depth, data, accuracy in (
+        ("casia", 18, "CASIA", "LFW 99.13 CFP-FP 92.59 CPLFW 87.00 CALFW 92.65 AgeDB 92.72"),
+        ("wf4m", 18, "WF4M", "LFW 99.53 CFP-FP 97.26 AgeDB 96.47, IJB-C 1e-4 94.99"),
         ("casia", 50, "CASIA", "LFW 99.42 CFP-FP 96.41 CPLFW 89.97 CALFW 93.23 AgeDB 94.38"),
         ("ms1mv2", 50, "MS1MV2", "LFW 99.82 CFP-FP 97.86 AgeDB 97.85, IJB-C 1e-4 96.27"),
         ("ms1mv2", 100, "MS1MV2", "LFW 99.82 CFP-FP 98.49 AgeDB 98.05, IJB-C 1e-4 96.89"),
@@ -192,6 +218,33 @@ _ADAFACE = {
         ("wf4m", 50, "WF4M", "LFW 99.78 CFP-FP 98.97 AgeDB 97.78, IJB-C 1e-4 96.98"),
         ("wf4m", 100, "WF4M", "LFW 99.80 CFP-FP 99.17 AgeDB 97.90, IJB-C 1e-4 97.39"),
         ("wf12m", 100, "WF12M", "LFW 99.82 CFP-FP 99.26 AgeDB 98.00, IJB-C 1e-4 97.66"),
+    )
+}  # fmt: skip
+
+# CVLface, run_v1/scripts/examples and optims/configs/step_sgd.yaml: a warm-up of an epoch, no decay of biases either,
+# fp32 with TF32; augmentations as AdaFace.
+cvlface = replace(
+    adaface, batch_size=7 * 256, warmup_epochs=1.0, clip_grad_norm=5.0, opt_level="O0", tf32=True,
+    weights_channel_order="",
+)  # fmt: skip
+_CVLFACE = {
+    f"cvlface_{name}_{loss}_r{depth}": Published(
+        replace(cvlface, net_depth=depth, **changes),
+        "CVLface, pretrained_models/README.md and run_v1/scripts/examples", "7 GPUs", 7, SETS[data], "not published",
+        accuracy,
+    )
+    for name, data, loss, depth, changes, accuracy in (
+        ("casia", "CASIA", "ada", 50, {}, "LFW 99.37 CFP-FP 97.04 AgeDB 94.40, IJB-C 1e-4 52.97"),
+        ("casia", "CASIA", "ada", 18, {}, "LFW 99.22 CFP-FP 94.93 AgeDB 92.68, IJB-C 1e-4 37.10"),
+        ("ms1mv2", "MS1MV2", "ada", 50, {}, "LFW 99.85 CFP-FP 98.09 AgeDB 97.85, IJB-C 1e-4 96.20"),
+        ("ms1mv2", "MS1MV2", "ada", 100, {}, "LFW 99.80 CFP-FP 98.61 AgeDB 98.05, IJB-C 1e-4 96.81"),
+        ("ms1mv3", "MS1MV3", "ada", 100, {}, "LFW 99.83 CFP-FP 99.09 AgeDB 98.18, IJB-C 1e-4 97.05"),
+        ("wf4m", "WF4M", "ada", 18, {}, "LFW 99.58 CFP-FP 97.80 AgeDB 96.48, IJB-C 1e-4 94.79"),
+        ("wf4m", "WF4M", "ada", 50, {}, "LFW 99.78 CFP-FP 98.99 AgeDB 97.78, IJB-C 1e-4 97.01"),
+        ("wf4m", "WF4M", "ada", 100, {}, "LFW 99.83 CFP-FP 99.27 AgeDB 97.90, IJB-C 1e-4 97.46"),
+        ("wf4m", "WF4M", "arc", 100, dict(loss_type="arcface", margin=0.5), "LFW 99.78 CFP-FP 99.21 AgeDB 97.95, "
+         "IJB-C 1e-4 97.30"),
+        ("wf12m", "WF12M", "ada", 100, {}, "LFW 99.82 CFP-FP 99.24 AgeDB 98.00, IJB-C 1e-4 97.72"),
     )
 }  # fmt: skip
 
@@ -235,4 +288,29 @@ _PLSC = {
     ),
 }  # fmt: skip
 
-PUBLISHED = {**_ARCFACE_TORCH, **_ADAFACE, **_PLSC}
+_A100 = "8 A100, fp16 O1"
+_PLSC_2_4 = {  # the settings of arcface_torch, but for the seed and how the scale grows
+    "plsc24_ms1mv3_r50": Published(
+        arcface_torch, "PLSC v2.4, task/recognition/face", _A100, 8, SETS["MS1MV3"], "not published",
+        "IJB-C 1e-4 96.43, 1e-5 94.43",
+    ),
+    "plsc24_wf42m_r100": Published(
+        replace(arcface_torch, **_WF42M, **_r100), "PLSC v2.4, task/recognition/face", _A100, 8, SETS["WF42M"],
+        "not published", "IJB-C 1e-4 97.78, 1e-5 96.46",
+    ),
+}  # fmt: skip
+
+PUBLISHED = {**_ARCFACE_TORCH, **_ADAFACE, **_CVLFACE, **_PLSC, **_PLSC_2_4}
+
+# Published recipes that this program cannot follow: what it lacks, and what was published.
+LACKING = {
+    "arcface_torch wf42m_pfc0008_32gpu_r100": "samples smaller than a batch; IJB-C 1e-4 97.51, MFR-ALL 93.08",
+    "arcface_torch wf42m_pfc03_40epoch_*_vit_{t,s,b,l}": "ViT backbones and AdamW; IJB-C 1e-4 97.31 97.73 97.90 98.00",
+    "CVLface ViT, ViT-KPRPE": "ViT backbones, key points beside the images; WF4M IJB-C 1e-4 97.14, 97.13",
+    "PLSC v2.4 FaceViT_tiny, _base, MobileFaceNet_base": "these backbones; WF42M IJB-C 1e-4 97.24, 97.97, 95.22",
+    "TransFace, LVFace": "ViT backbones and AdamW; Glint360K IJB-C 1e-4 97.61 (L), 97.70 (B)",
+    "TopoFR": "its loss over topology; MS1MV2 IJB-C 1e-4 96.49 (r50) 96.95 (r100)",
+    "UniFace": "its unified threshold loss; CASIA r50 LFW 99.56",
+    "face.evoLVe": "focal loss; MS1MV2 IR-50 LFW 99.78 CFP-FP 98.14 AgeDB 97.53",
+    "GhostFaceNets": "GhostNet backbones; MS1MV3 LFW 99.73 AgeDB 98.00",
+}

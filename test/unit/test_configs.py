@@ -134,7 +134,7 @@ def test_the_command_line_takes_names_and_files(tmp_path, capsys):
 
 def test_list_configs():
     done = subprocess.run([sys.executable, "train.py", "--list_configs"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(configs.RECIPES) + 1
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(configs.RECIPES) + len(configs.LACKING) + 3
     assert "IJB-C 1e-4 96.37" in done.stdout and "none published" in done.stdout
 
 
