@@ -72,7 +72,17 @@ class Config:
     net_mode: str = option(
         "ir_se",
         "backbone",
-        known=("ir", "ir_se", "mobilefacenet", "iresnet", "mbf", "mbf_large", "resnet", "resnet_basic"),
+        known=(
+            "ir",
+            "ir_se",
+            "mobilefacenet",
+            "iresnet",
+            "mbf",
+            "mbf_large",
+            "resnet",
+            "resnet_basic",
+            "resnet_narrow",
+        ),
         old=("-net",),
     )
     net_depth: int = option(

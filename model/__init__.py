@@ -14,7 +14,7 @@ from torch import nn
 
 from model.iresnet import STAGE_UNITS, IResNet, IRNet
 from model.mobilefacenet import MBF, MobileFaceNet
-from model.resnet import BASIC_PLANS, PLANS, ResNet
+from model.resnet import BASIC_PLANS, NARROW_PLANS, PLANS, ResNet
 from runtime.errors import ModelError
 
 
@@ -41,6 +41,7 @@ BACKBONES = {
     "mbf_large": Backbone(partial(MBF, stage_units=(2, 8, 12, 4), width=4), (), None, False, "arcface_torch"),
     "resnet": Backbone(ResNet, tuple(PLANS), 0.4, False, "PLSC"),
     "resnet_basic": Backbone(partial(ResNet, plans=BASIC_PLANS), tuple(BASIC_PLANS), 0.4, False, "PLSC"),
+    "resnet_narrow": Backbone(partial(ResNet, plans=NARROW_PLANS), tuple(NARROW_PLANS), 0.4, False, "PLSC"),
 }
 
 

@@ -58,6 +58,10 @@ BASIC_PLANS = {  # as PLSC's sources have the two from April 2020 on
     101: Plan(IResNetUnit, (3, 4, 23, 3), _WIDTHS),
     152: Plan(IResNetUnit, (3, 8, 36, 3), _WIDTHS),
 }
+NARROW_PLANS = {  # as its sources have them before: their bottlenecks are as wide as the plain units
+    101: Plan(BottleneckUnit, (3, 4, 23, 3), _WIDTHS),
+    152: Plan(BottleneckUnit, (3, 8, 36, 3), _WIDTHS),
+}
 
 
 class ResNet(StagedNet):

@@ -33,6 +33,8 @@ MODELS = {  # of PLSC's documents, and (_basic) as its sources have two of them 
     "ResNet152": ("resnet", 152),
     "ResNet101_basic": ("resnet_basic", 101),
     "ResNet152_basic": ("resnet_basic", 152),
+    "ResNet101_narrow": ("resnet_narrow", 101),  # and as they have them before
+    "ResNet152_narrow": ("resnet_narrow", 152),
     "FresResNet50": ("resnet", 50),
     "FresResNet100": ("resnet", 100),
 }

@@ -38,7 +38,8 @@ def load(path, backbone: nn.Module) -> dict:
     path = Path(path)
     try:
         named = _read_pdparams(path) if path.suffix == ".pdparams" else _read_folder(path)
-        return {"model": _fitted(named, backbone), "head": _head(path)}
+        head = _head(path) or _softmax_head(named, backbone)
+        return {"model": _fitted(named, backbone), "head": head}
     except (OSError, struct.error, DataError) as error:
         raise CheckpointError(f"{path}: cannot be read as PLSC's weights ({error})") from None
     except CheckpointError as error:
@@ -213,6 +214,15 @@ def _fitted(found: dict, backbone: nn.Module) -> dict[str, torch.Tensor]:
                     )
                 state[f"{name}.{part}"] = value
     return state
+
+
+def _softmax_head(found: dict, backbone: nn.Module):
+    """The classifier of data parallel softmax, which stands behind the network's own fc layers; it leaves `found`."""
+    own = sum(isinstance(module, nn.Linear) for module in backbone.modules())
+    if len(found["fc"]) != own + 1 or len(found["fc"][-1]) != 2:
+        return None
+    kernel, bias = found["fc"].pop()
+    return {name: torch.from_numpy(np.array(v, np.float32)) for name, v in (("kernel", kernel), ("bias", bias))}
 
 
 def _head(folder: Path):

@@ -28,6 +28,7 @@ UPSTREAM = {
     "mbf_large": ("arcface_torch", "rgb"),
     "resnet": ("PLSC", "rgb"),
     "resnet_basic": ("PLSC", "rgb"),
+    "resnet_narrow": ("PLSC", "rgb"),
 }
 
 

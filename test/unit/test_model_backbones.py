@@ -111,8 +111,9 @@ def test_each_upstream_projects_own_defaults(net_mode):
         "mbf": None,
         "mbf_large": None,
         "resnet_basic": 0.4,
+        "resnet_narrow": 0.4,
     }
-    depth = 101 if net_mode == "resnet_basic" else 50
+    depth = 101 if net_mode in ("resnet_basic", "resnet_narrow") else 50
     net = create_model(net_mode, depth, embedding_size=16)
     assert dropouts(net) == ([] if own[net_mode] is None else [own[net_mode]])
     with torch.no_grad():
@@ -148,7 +149,7 @@ def test_a_seed_gives_one_net():
 
 @pytest.mark.parametrize("net_mode", BACKBONES)
 def test_a_description_builds_the_same_net(net_mode):
-    depth = 101 if net_mode == "resnet_basic" else 50
+    depth = 101 if net_mode in ("resnet_basic", "resnet_narrow") else 50
     description = describe(net_mode, depth, embedding_size=16, l2_norm=True)
     assert list(description) == ["net_mode", "net_depth", "embedding_size", "dropout", "l2_norm"]
     assert all(value is None or type(value) in (str, int, float, bool) for value in description.values())

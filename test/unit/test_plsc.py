@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -191,6 +192,8 @@ def test_networks_by_name():
         "ResNet100": 65_145_074,
         "ResNet101_basic": 54_215_650,
         "ResNet152_basic": 70_753_779,
+        "ResNet101_narrow": 15_544_131,
+        "ResNet152_narrow": 16_538_213,
     }
     for name, count in counts.items():
         entry = Entry()
@@ -341,6 +344,49 @@ def by_kind(net):
         elif isinstance(module, torch.nn.Linear):
             found["fc"].append([values["weight"].T, values["bias"]])
     return found
+
+
+def test_server_and_client_examples(tmp_path, monkeypatch, capsys):
+    """The server's lines start a server of the model that they name; the client's ask one. (test_deploy_serving.py has
+    both in processes of their own.)"""
+    for name in ("uvicorn", "starlette", "onnx", "onnxruntime"):
+        pytest.importorskip(name)
+    from tiny_server import ANN, Server, face
+
+    import plsc_serving.run
+
+    started = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command, env):
+            started.append(command)
+
+        def poll(self):
+            return self.returncode
+
+        def terminate(self):
+            pass
+
+        def wait(self, _seconds):
+            pass
+
+    monkeypatch.setattr(plsc_serving.run.subprocess, "Popen", Process)
+    monkeypatch.chdir(tmp_path)
+    server = Server(tmp_path, monkeypatch)
+    try:
+        exec(examples("after")["server"].replace("/XXX/XXX", str(tmp_path / "model.onnx")), {})
+        command = started[0]
+        assert command[1:5] == ["-m", "deploy.server", "--model", str(tmp_path / "model.onnx")]
+        assert command[5:7] == ["--port", "8010"] and "port = 8010" in capsys.readouterr().out
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/00000000.jpg").write_bytes(face(ANN))
+        exec(examples("after")["client"].replace("8010", str(server.port)), {})
+        expected = server.engine.recognizer.embed(np.full((1, 112, 112, 3), ANN, np.uint8))
+        assert json.loads(capsys.readouterr().out) == pytest.approx(expected[0].tolist(), abs=1e-7)
+    finally:
+        server.close()
 
 
 def test_hdfs_examples(small, monkeypatch, caplog):
@@ -661,6 +707,12 @@ def test_plscs_own_variables(original, tmp_path):
     assert weights.is_original(folder)
     assert all(torch.equal(found["model"][key], value) for key, value in net.state_dict().items() if "num_b" not in key)
     assert np.array_equal(found["head"]["kernel"], kernel)
+    shutil.copytree(folder, tmp_path / "softmax", ignore=shutil.ignore_patterns("dist@*"))
+    bias = np.arange(CLASSES, dtype=np.float32)
+    for name, value in (("w_0", kernel), ("b_0", bias)):  # of its data parallel softmax
+        (tmp_path / f"softmax/fc_1.{name}").write_bytes(variable(value))
+    found = weights.load(tmp_path / "softmax", model.create_model("resnet", 50, 16))["head"]
+    assert np.array_equal(found["kernel"], kernel) and np.array_equal(found["bias"], bias)
     named = weights._read_folder(folder)
     with pytest.raises(CheckpointError, match="another network, or another set_emb_size"):
         weights._fitted(named, model.create_model("resnet", 50, 32))
