@@ -24,4 +24,8 @@ def __getattr__(name: str):
         from plsc.fluid import ParamAttr
 
         return ParamAttr
+    if name in ("config", "fluid", "models", "utils"):  # of the original, `import plsc` brought them along
+        import importlib
+
+        return importlib.import_module(f"plsc.{name}")
     raise AttributeError(f"module 'plsc' has no attribute '{name}'")

@@ -432,6 +432,8 @@ class Entry:
         from plsc import weights
         from plsc.trainer import Trainer
 
+        if self.train_reader is None and not os.path.isdir(self.dataset_dir):
+            raise DataError(f"{self.dataset_dir}: no such folder: set_dataset_dir names the training data's")
         with self._opened() as (device, world):
             config = self.options(device.kind)
             trainer = Trainer(self, self._make_recognizer(device, config), config, world)

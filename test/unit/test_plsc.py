@@ -52,23 +52,12 @@ def train_data(tmp_path_factory):
     return folder
 
 
-class Tiny(torch.nn.Sequential):
-    """A backbone with one layer of each kind."""
-
-    def __init__(self, embedding_size):
-        super().__init__()
-        self.conv, self.bn = torch.nn.Conv2d(3, 8, 16, 16), torch.nn.BatchNorm2d(8)
-        self.prelu, self.flat = torch.nn.PReLU(8), torch.nn.Flatten()
-        self.fc, self.norm = torch.nn.Linear(8 * 49, embedding_size), torch.nn.BatchNorm1d(embedding_size)
-
-
 @pytest.fixture
-def small(train_data, tmp_path, monkeypatch):
+def small(train_data, tiny_net, tmp_path, monkeypatch):
     """A user's folder with train_data, and defaults by which an example trains in a second."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PLSC_DEVICE", "cpu")
     os.symlink(train_data, tmp_path / "train_data")
-    monkeypatch.setitem(model.BACKBONES, "tiny", model.Backbone(Tiny, (), None, None))
     before = dict(plsc.config.config)
     plsc.config.config.update(
         model_name="tiny", emb_dim=16, num_classes=CLASSES, train_batch_size=4, train_epochs=1,
@@ -440,7 +429,7 @@ def test_optimizer_head_and_lists(small):
         param_attr=plsc.ParamAttr(initializer=0.25, learning_rate=0.0),
         bias_attr=plsc.ParamAttr(initializer=np.float32(0.5), trainable=False),
     )
-    lists = AutoMixedPrecisionLists(["batch_norm"], ["prelu", "conv", "norm"])
+    lists = AutoMixedPrecisionLists(["batch_norm"], ["prelu", "body.0", "output.1"])
     entry.set_mixed_precision(True, amp_lists=lists)
     found, call = {}, torch.nn.Module.__call__
 
@@ -454,8 +443,10 @@ def test_optimizer_head_and_lists(small):
         patch.setattr(torch.nn.Module, "__call__", seen)
         trainer = trained_by(entry)
     half, single = torch.bfloat16, torch.float32
-    types = dict(conv=single, bn=half, prelu=single, flat=single, fc=half, norm=single)
-    assert {name: found[one] for name, one in trainer.backbone.named_children()} == types
+    # convolution, batch norm, PReLU, twice; flatten, dropout; linear, batch norm
+    body = [single, half, single, half, half, single, single, single]
+    assert [found[one] for one in trainer.backbone.body] == body
+    assert [found[one] for one in trainer.backbone.output] == [half, single]
     centers = trainer.head.centers.weight
     assert torch.equal(centers[:, :16], torch.full((CLASSES, 16), 0.25))
     assert torch.equal(centers[:, 16], torch.full((CLASSES,), 0.5))
