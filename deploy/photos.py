@@ -28,10 +28,8 @@ def decode_photo(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Of an animation the first picture counts; alpha is laid on white; 16-bit and float greys are scaled to 8 bits.
     Dimensions are checked before anything is decoded. Raises DamagedItem, one line.
     """
-    image = _open(data)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise DamagedItem(f"claims {width}x{height} pixels; at most {max_pixels} are decoded")
+    image = _open(data, max_pixels)
+    _check_pixels(image.size, max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd EXIF blocks
@@ -45,7 +43,12 @@ def read_photo(path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return decode_photo(read_file(path), max_pixels)
 
 
-def _open(data: bytes) -> Image.Image:
+def _check_pixels(size, max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise DamagedItem(f"claims {size[0]}x{size[1]} pixels; at most {max_pixels} are decoded")
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise DamagedItem("is empty")
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
@@ -54,7 +57,11 @@ def _open(data: bytes) -> Image.Image:
         except ImportError:
             raise DamagedItem("is a HEIC photo: pip install pillow-heif, or save it as JPEG") from None
         try:
-            return pillow_heif.open_heif(data, convert_hdr_to_8bit=True).to_pillow()
+            heif = pillow_heif.open_heif(data, convert_hdr_to_8bit=True)
+            _check_pixels(heif.size, max_pixels)
+            return heif.to_pillow()  # decodes
+        except DamagedItem:
+            raise
         except Exception as error:
             raise DamagedItem(f"damaged HEIC ({error})") from None
     try:

@@ -132,6 +132,18 @@ def test_what_is_no_photo_is_one_line(data, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_heic_photo_and_one_that_claims_too_much():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer, image = io.BytesIO(), Image.new("RGB", (80, 60), (200, 30, 90))
+    pillow_heif.from_pillow(image).save(buffer)
+    found = decode_photo(buffer.getvalue())
+    assert found.shape == (60, 80, 3) and np.abs(found.mean((0, 1)) - (200, 30, 90)).max() < 4
+    with pytest.raises(DamagedItem, match="claims 80x60"):
+        decode_photo(buffer.getvalue(), max_pixels=1000)
+    with pytest.raises(DamagedItem, match="damaged HEIC"):
+        decode_photo(buffer.getvalue()[:-50])
+
+
 def test_photos_are_listed_below_a_folder_and_links_to_folders_are_left(tmp_path):
     for name in ("b/2.JPG", "a.png", "b/1.heic", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
