@@ -115,10 +115,12 @@ def main() -> None:
 
 def measure(options, device, world) -> list:
     device.seed(0)
-    net = create_model(options.net, options.depth, 512, dropout=0.0).to(device.torch).train()
+    net = create_model(options.net, options.depth, 512, dropout=0.0).train()
+    net.to(device=device.torch, memory_format=device.memory_format)
     forms = {name: Form(net, options.net, FORMS[name], device, world) for name in options.forms}
     device.seed(1 + world.rank)
     x_BCHW = torch.randn(options.batch_size, 3, 112, 112, device=device.torch)
+    x_BCHW = x_BCHW.contiguous(memory_format=device.memory_format)
     goal_BD = torch.randn(options.batch_size, 512, device=device.torch)
     taken, losses = {name: [] for name in forms}, {name: [] for name in forms}
     for _ in range(2 + options.rounds):

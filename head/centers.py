@@ -162,15 +162,11 @@ class Centers:
         else:
             self.load_momentum(table_of(theirs, self.work_dtype) if theirs else None)
 
-    def momentum_rows(self, start: int, stop: int) -> torch.Tensor:
-        """[stop - start, width] in the work dtype, counted within this rank."""
-        return self._momentum_table().read(slice(start, stop))
-
     def load_momentum(self, table) -> None:
         """Momentum of all of this rank's rows: another table or a tensor [rows, width]; None is zero."""
         if self.momentum is None:
             return
-        mine = self._momentum_table()
+        mine = self.momentum_table()
         device = mine.tensors()[""].device
         generator = torch.Generator(device=device)
         generator.manual_seed(self.seed)
@@ -181,7 +177,8 @@ class Centers:
                 rows = table[where] if torch.is_tensor(table) else table.read(where)
             mine.write(where, rows.to(device=device, dtype=self.work_dtype), generator)
 
-    def _momentum_table(self):
+    def momentum_table(self):
+        """The rows' momentum as they are now."""
         if isinstance(self.momentum, HostTable):
             self.momentum.flush()
             return self.momentum.table

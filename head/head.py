@@ -297,7 +297,7 @@ class MarginHead(nn.Module):
 
     def local_state(self) -> dict:
         """This rank's rows as they are stored (tensors are not copied), and what else the next step depends on."""
-        return {**self.centers.state(), "draws": self.draws, "norms": self._norm_state()}
+        return {**self.centers.state(), "draws": self.draws, "norms": self.norms and self.norms.state()}
 
     def load_local_state(self, state: dict) -> None:
         """What `local_state` gave on the same rank of as many. Raises ModelError for another part or shape."""
@@ -307,36 +307,30 @@ class MarginHead(nn.Module):
         if self.norms is not None:
             self.norms.load(state["norms"])
 
-    def _norm_state(self):
-        return None if self.norms is None else self.norms.state()
-
     def gathered_kernel(self, max_bytes: int = 64 * 2**20):
         """All centers as [embedding_size, num_classes] float32 on rank 0's host, None on the others.
 
         They travel in pieces of at most max_bytes. All ranks have to call it."""
-        return self._gathered(self._weight_rows, slice(0, self.embedding_size), max_bytes)
+        return self._gathered(self.centers.table, slice(0, self.embedding_size), max_bytes)
 
     def gathered_training_state(self, max_bytes: int = 64 * 2**20) -> dict:
         """What `gathered_kernel` leaves out, for a checkpoint in one file: momentum [width, num_classes] and bias
         [1, num_classes] float32 on rank 0's host (None on the others, or where there is none), and plain values."""
         momentum = bias = None
         if self.centers.momentum is not None:
-            momentum = self._gathered(self.centers.momentum_rows, slice(None), max_bytes)
+            momentum = self._gathered(self.centers.momentum_table(), slice(None), max_bytes)
         if self.bias:
-            bias = self._gathered(self._weight_rows, slice(self.embedding_size, None), max_bytes)
+            bias = self._gathered(self.centers.table, slice(self.embedding_size, None), max_bytes)
         return {
             "momentum": momentum,
             "bias": bias,
             "draws": self.draws,
             "updates": self.centers.updates,
-            "norms": self._norm_state(),
+            "norms": self.norms and self.norms.state(),
         }
 
-    def _weight_rows(self, start, stop):
-        return self.centers.weight[start:stop]
-
-    def _gathered(self, rows_of, columns, max_bytes):
-        """Pieces of rows_of(start, stop) [n, width] from all ranks, transposed, on rank 0."""
+    def _gathered(self, table, columns, max_bytes):
+        """Pieces of the ranks' tables [n, width], transposed, on rank 0."""
         world, width = self._class_world, self.centers.width
         whole = None
         if self.world.is_main:
@@ -347,7 +341,7 @@ class MarginHead(nn.Module):
             for start in range(shard.start, shard.stop, piece):
                 stop = min(start + piece, shard.stop)
                 if world.rank == owner:
-                    rows = rows_of(start - shard.start, stop - shard.start)
+                    rows = table.read(slice(start - shard.start, stop - shard.start))
                     rows = rows.to(device=self.device, dtype=torch.float32).contiguous()
                 else:
                     rows = torch.empty(stop - start, width, dtype=torch.float32, device=self.device)

@@ -251,12 +251,6 @@ class HeadPlan:
         tables = 1 if self.form.momentum_dtype is None else 2
         return 4 * tables * self.classes * self.embedding_size
 
-    def copy_fits(self, host_memory: float) -> bool:
-        """Whether a sharded checkpoint can be copied to the host and written beside the training."""
-        state = self.rows * (self._weight_row + self._momentum_row)
-        beside = self.device_bytes if self.device_type == "cpu" else 0
-        return beside + self.host_state + state <= host_memory
-
     def fits(self, device_memory: float, host_memory: float) -> bool:
         """On a cpu both are the same memory."""
         on_host = self.host_state + self.save_bytes

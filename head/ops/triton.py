@@ -73,31 +73,16 @@ class TritonPasses(Chunked):
         total, better = torch.zeros_like(top), torch.zeros_like(top)
         best = torch.full_like(top, torch.finfo(top.dtype).min)
         out = top.new_zeros((SPLITS, batch, dim) if learn else (1, 1, 1))
-        operand_BD, scale_B, column_B = left.operand_BD.contiguous(), left.scale_B, left.column_B.contiguous()
+        operand_BD, column_B = left.operand_BD.contiguous(), left.column_B.contiguous()
         for start, stop in chunks_of(left, rows):
             right_KD = self._right(left, rows, start, stop)
             per = -(-(stop - start) // (SPLITS * 64)) * 64
             _launch(
                 scan_kernel,
                 lambda tile: (-(-batch // tile["BLOCK_B"]), SPLITS),
-                operand_BD,
-                scale_B,
-                right_KD,
-                column_B,
-                plain_B.contiguous(),
-                top,
-                total,
-                best,
-                better,
-                out,
-                start,
-                batch,
-                stop - start,
-                dim,
-                per,
-                spec.s * spec.filter_above,
-                SKIP_BELOW if spec.skip else -1.0,
-                BOOST,
+                *(operand_BD, left.scale_B, right_KD, column_B, plain_B.contiguous(), top, total, best, better, out),
+                *(start, batch, stop - start, dim, per),
+                *(spec.s * spec.filter_above, SKIP_BELOW if spec.skip else -1.0, BOOST),
                 LEARN=learn,
                 FILTER=bool(spec.filter_above),
                 TOP5=spec.top5,
@@ -125,23 +110,9 @@ class TritonPasses(Chunked):
             _launch(
                 gradient_kernel,
                 lambda tile, count=stop - start: (-(-count // tile["BLOCK_K"]),),
-                operand_BD,
-                left.scale_B,
-                right_KD,
-                column_B,
-                shift_B,
-                minus_B,
-                weight_B,
-                member,
-                part,
-                grad_KD,
-                start,
-                batch,
-                stop - start,
-                dim,
-                rows.count,
-                spec.s * spec.filter_above,
-                SKIP_BELOW * boost if spec.skip else -1.0,
+                *(operand_BD, left.scale_B, right_KD, column_B, shift_B, minus_B, weight_B, member, part, grad_KD),
+                *(start, batch, stop - start, dim, rows.count),
+                *(spec.s * spec.filter_above, SKIP_BELOW * boost if spec.skip else -1.0),
                 FILTER=bool(spec.filter_above),
                 MEMBER=kept.member_NR is not None,
                 WIDEN=_widen(left),
@@ -158,14 +129,10 @@ class TritonPasses(Chunked):
 
         dim = rows.weight_CW.shape[1]
         right_KD = left.operand_BD.new_empty(stop - start, dim)
+        index = left.column_B if rows.index_R is None else rows.index_R  # unread where None
+        inverse = left.unit_BD if rows.inverse_C is None else rows.inverse_C
         unit_rows_kernel[(stop - start,)](
-            rows.weight_CW,
-            left.column_B if rows.index_R is None else rows.index_R,
-            left.unit_BD if rows.inverse_C is None else rows.inverse_C,
-            right_KD,
-            start,
-            stop - start,
-            dim,
+            *(rows.weight_CW, index, inverse, right_KD, start, stop - start, dim),
             GATHER=rows.index_R is not None,
             NORMALISE=rows.inverse_C is not None,
             WIDTH=power_of_two(dim),
@@ -203,13 +170,9 @@ def update_rows(update, where, grad_KW, scale_K, momentum) -> None:
         pointer(momentum.scale if of_bytes else None),
         pointer(scale_K),
         pointer(None if update.keep is None else update.keep.to(torch.int32)),
-        float(update.lr),
-        float(centers.momentum_factor),
-        float(centers.weight_decay),
-        centers.shard.start,
-        update.seed,
-        update.seed ^ 0x5BD1E995,  # a row's two tables need noise of their own
-        width,
+        *(float(update.lr), float(centers.momentum_factor), float(centers.weight_decay)),
+        # a row's two tables need noise of their own
+        *(centers.shard.start, update.seed, update.seed ^ 0x5BD1E995, width),
         GATHER=gather,
         NORMALISE=centers.inverse_C is not None,
         MOMENTUM=0 if momentum is None else 2 if of_bytes else 1,

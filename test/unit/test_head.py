@@ -118,14 +118,14 @@ def test_loss_scaling_leaves_the_update_as_it_is(inv_scale):
 @pytest.mark.parametrize("kw", [{}, dict(sample_rate=0.5), dict(momentum_on_host=True)])
 def test_a_step_with_found_inf_moves_nothing_and_drops_the_gradient(kw):
     head = train(make(**kw), 2)
-    weight_CD, velocity_CD = head.centers.weight.clone(), head.centers.momentum_rows(0, C).clone()
+    weight_CD, velocity_CD = head.centers.weight.clone(), head.centers.momentum_table().read(slice(0, C)).clone()
     emb_BD, label_B = batch(5)
     assert float(head.found_inf()) == 0
     (head(emb_BD, label_B).loss * float("inf")).backward()
     assert float(head.found_inf()) == 1
     head.step(0.1, found_inf=head.found_inf())
     assert torch.equal(head.centers.weight, weight_CD)
-    assert torch.equal(head.centers.momentum_rows(0, C), velocity_CD)
+    assert torch.equal(head.centers.momentum_table().read(slice(0, C)), velocity_CD)
     assert not head._pending and float(head.found_inf()) == 0
     train(head, 1, found_inf=torch.zeros(()))
     assert not torch.equal(head.centers.weight, weight_CD)
@@ -274,7 +274,7 @@ def test_every_form_follows_float32(form, sample_rate):
     if stored.centers.momentum is not None:
         velocity_CD = plain.centers.momentum.data
         peak_C1 = velocity_CD.abs().max(1, keepdim=True)[0]
-        assert ((stored.centers.momentum_rows(0, C) - velocity_CD).abs() <= peak_C1 / 100 + 1e-6).all()
+        assert ((stored.centers.momentum_table().read(slice(0, C)) - velocity_CD).abs() <= peak_C1 / 100 + 1e-6).all()
     emb_BD, label_B = batch(0, torch.float32)
     losses = []
     for _ in range(30):
@@ -304,7 +304,9 @@ def test_momentum_on_the_host_is_momentum(kw, monkeypatch):
                 head(emb_BD, label_B).loss.backward()
             head.step(0.1)
     assert torch.equal(plain.centers.weight, host.centers.weight)
-    assert torch.equal(plain.centers.momentum_rows(0, C), host.centers.momentum_rows(0, C))
+    assert torch.equal(
+        plain.centers.momentum_table().read(slice(0, C)), host.centers.momentum_table().read(slice(0, C))
+    )
 
 
 def test_a_failure_of_the_host_thread_is_not_lost(monkeypatch):
@@ -383,11 +385,11 @@ def test_a_state_in_another_form_is_converted():
     second.load_local_state(first.local_state())
     assert torch.equal(second.centers.weight, first.centers.weight.to(torch.bfloat16))
     velocity_CD = first.centers.momentum.data
-    error_CD = (second.centers.momentum_rows(0, C) - velocity_CD).abs()
+    error_CD = (second.centers.momentum_table().read(slice(0, C)) - velocity_CD).abs()
     assert (error_CD <= velocity_CD.abs().max(1, keepdim=True)[0] / 127).all()
     third = make(dtype=torch.float32)
     third.load_local_state(second.local_state())
-    assert torch.equal(third.centers.momentum.data, second.centers.momentum_rows(0, C))
+    assert torch.equal(third.centers.momentum.data, second.centers.momentum_table().read(slice(0, C)))
 
 
 # --- in a training step ----------------------------------------------------------------------------------------------

@@ -147,9 +147,6 @@ def test_saving_counts():
         check(plan, 160 * GIB, 112 * GIB)
     check(replace(plan, checkpoint="sharded"), 160 * GIB, 112 * GIB)
     check(plan, 160 * GIB, 400 * GIB)
-    assert not plan.copy_fits(112 * GIB) and plan.copy_fits(150 * GIB)
-    cpu = HeadPlan(10**6, device_type="cpu")
-    assert not cpu.copy_fits(cpu.device_bytes + cpu.device_state - GIB) and cpu.copy_fits(2 * cpu.device_bytes)
 
 
 def test_the_hosts_own_memory_is_part_of_the_floor():

@@ -171,15 +171,15 @@ def test_the_update_is_the_plain_one_up_to_the_noise(form, sample_rate):
     mine, plain = (train(op, sample_rate=sample_rate, **FORMS[form]) for op in ("triton", "chunked"))
     difference = mine.weight.float() - plain.weight.float()
     unit = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-5}[mine.dtype]
-    rounded = mine.momentum is not None and mine.momentum_rows(0, 1).dtype != torch.float32
+    rounded = mine.momentum is not None and mine.momentum_table().read(slice(0, 1)).dtype != torch.float32
     limit = unit * plain.weight.float().abs() + 1e-5
     if "int8" in form or "bf16" in form.split("+")[-1] or rounded:
         limit = limit + 0.01 * plain.weight.float().abs().max()
     assert (difference.abs() <= limit).float().mean() > 0.99
     assert difference.mean().abs() < 1e-4
     if mine.momentum is not None:
-        momentum = plain.momentum_rows(0, 24)
-        error = (mine.momentum_rows(0, 24) - momentum).abs() / momentum.abs().max()
+        momentum = plain.momentum_table().read(slice(0, 24))
+        error = (mine.momentum_table().read(slice(0, 24)) - momentum).abs() / momentum.abs().max()
         assert (error <= 0.03).float().mean() > 0.99
     stored = mine.weight.float().norm(dim=1).reciprocal()
     assert ((mine.inverse_C - stored).abs() / stored).max() < 1e-5
