@@ -11,7 +11,7 @@ import config as options
 from configs import RECIPES
 from plsc import learning_rate
 from plsc.passes import FolderAPass
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, DataError
 
 log = logging.getLogger("plsc")
 
@@ -204,6 +204,8 @@ def train(given: argparse.Namespace) -> None:
 
     ranks = world_env()
     config = as_config(given, ranks["size"])
+    if not given.use_synthetic_dataset and not Path(given.data_dir).is_dir():
+        raise DataError(f"{given.data_dir}: no such folder: give the training set's as --data_dir")
     _open_log(Path(given.output), ranks)
     for name, why in WITHOUT_EFFECT.items():
         if getattr(given, name) != DEFAULTS[name] and name not in ("is_bin", "logdir", "label_file", "dataset"):

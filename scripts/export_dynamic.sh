@@ -1,7 +1,8 @@
 #!/bin/sh
 # Exports what scripts/train_dynamic.sh trained; --export_type torchscript or pth for other files.
 cd "$(dirname "$0")/.." || exit 1
-: "${PYTHON:=python}"
+[ -n "$PYTHON" ] || [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
+: "${PYTHON:=python3}"
 
 exec "$PYTHON" tools/export.py \
     --is_static False \

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Embeds aligned faces by the exported ONNX file: embeddings to embeddings.npy, similarities to the console.
 cd "$(dirname "$0")/.." || exit 1
-: "${PYTHON:=python}"
+[ -n "$PYTHON" ] || [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
+: "${PYTHON:=python3}"
 
 exec "$PYTHON" tools/inference.py \
     --export_type onnx \

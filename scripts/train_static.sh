@@ -2,7 +2,8 @@
 # MS1MV3 with FresResNet50 on 8 devices, static mode (the compiled graph). FresResNet100: CONFIG=ms1mv3_r100; MobileFaceNet_128:
 # CONFIG=ms1mv3_mobileface. Edit what differs, or append options: sh scripts/train_static.sh --sample_ratio 1.0
 cd "$(dirname "$0")/.." || exit 1
-: "${PYTHON:=python}" "${CONFIG:=ms1mv3_r50}" "${GPUS:=0,1,2,3,4,5,6,7}"
+[ -n "$PYTHON" ] || [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
+: "${PYTHON:=python3}" "${CONFIG:=ms1mv3_r50}" "${GPUS:=0,1,2,3,4,5,6,7}"
 
 exec "$PYTHON" -m plsc.launch --gpus="$GPUS" --log_dir="${LOG_DIR:-log}" tools/train.py \
     --config_file "configs/$CONFIG.py" \

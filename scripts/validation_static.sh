@@ -1,7 +1,8 @@
 #!/bin/sh
 # Verifies what scripts/train_static.sh trained, by the compiled graph.
 cd "$(dirname "$0")/.." || exit 1
-: "${PYTHON:=python}"
+[ -n "$PYTHON" ] || [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
+: "${PYTHON:=python3}"
 
 exec "$PYTHON" tools/validation.py \
     --is_static True \

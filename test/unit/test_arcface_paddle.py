@@ -57,6 +57,13 @@ def test_wrong_values_are_one_line(words, says):
         command.as_config(command.parse(words), 1)
 
 
+def test_a_training_set_that_is_not_there_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="MS1M_v3: no such folder: give the training set's as --data_dir"):
+        command.train(command.parse([]))
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """What train.py leaves of two small epochs, on image files as seed 002 lays them out."""

@@ -623,6 +623,14 @@ def test_a_reader_that_is_none(small):
         batch(lambda: iter(()), 0)
 
 
+def test_a_training_set_that_is_not_there(small):
+    entry = Entry()
+    entry.set_dataset_dir("nowhere")
+    with pytest.raises(DataError, match="nowhere: no such folder: set_dataset_dir"):
+        entry.train()
+    assert not (small / "output").exists()
+
+
 def test_checkpoints_that_are_none(small):
     for folder, says in (("nowhere", "no such folder"), (".", "holds no checkpoint")):
         entry = Entry()
