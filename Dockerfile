@@ -14,11 +14,11 @@ COPY requirements-serve.txt ./
 RUN pip install --no-cache-dir -r requirements-serve.txt numpy Pillow simplejpeg easydict ${REQUIREMENTS}
 
 COPY . .
-RUN useradd --create-home server && mkdir /data && chown server /data
-USER server
+RUN useradd --create-home --uid 1000 server && mkdir /data && chown server /data
+USER 1000
 VOLUME /data
 EXPOSE 8010
 STOPSIGNAL SIGTERM
-HEALTHCHECK --start-period=60s CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8010/readyz', timeout=5)"
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8010/readyz', timeout=5)"]
 # Inside of a container every network is the container's own; -p says which of the machine's reach it.
 ENTRYPOINT ["python", "-m", "deploy.server", "--host", "0.0.0.0", "--port", "8010"]

@@ -16,8 +16,9 @@ import hmac
 import json
 import logging
 import re
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -87,13 +88,15 @@ class Engine:
         self.threshold = settings.threshold
         for known in (getattr(self.gallery, "threshold", None), self.recognizer.threshold):
             self.threshold = known if self.threshold is None else self.threshold
-        if isinstance(self.recognizer, OnnxRecognizer):  # one call a core is quicker than one for all of them
-            most, callers = min(settings.batch, self.recognizer.at_once), settings.threads
+        self.batcher: Optional[Batcher] = None
+        if isinstance(self.recognizer, OnnxRecognizer):
+            # one face a core: that is as quick as any batch, and a request stays on the thread that decodes it
+            self.compute, self._counting = self._embed_now, threading.Lock()
         else:
-            most, callers = settings.batch, 1
-        self.batcher = Batcher(self.recognizer.embed, most, observe=self.metrics.batch, threads=callers)
-        # decoding and detection release Python's lock; the gallery's database is used by one thread
-        self.workers = ThreadPoolExecutor(max(settings.threads, 2), "decode")
+            self.batcher = Batcher(self.recognizer.embed, settings.batch, observe=self.metrics.batch)
+            self.compute = self.batcher.submit
+        # decoding, detection and onnxruntime release Python's lock; the gallery's database is used by one thread
+        self.workers = ThreadPoolExecutor(max(settings.threads, 2), "work")
         self.one_by_one = ThreadPoolExecutor(1, "gallery")
 
     def _detector(self):
@@ -115,8 +118,9 @@ class Engine:
         return open_gallery(path, self.fingerprint, self.dimension, self.settings.storage)
 
     def close(self) -> None:
-        self.batcher.close()
         self.workers.shutdown()
+        if self.batcher is not None:
+            self.batcher.close()
         self.one_by_one.shutdown()
         if self.gallery is not None:
             self.gallery.close()
@@ -142,29 +146,35 @@ class Engine:
         found = found.rows(slice(self.settings.max_faces))
         return found, align_faces(image_HWC, found.points_N52, self.size)
 
-    async def embed(self, images: list, aligned: Optional[bool], only_largest: bool = False) -> list:
-        """(Faces, unit embeddings [n, D]) of each image. Raises Refused."""
-        loop = asyncio.get_running_loop()
-        found = await asyncio.gather(
-            *(loop.run_in_executor(self.workers, self.faces, data, i, aligned) for i, data in enumerate(images))
-        )
+    def _embed_now(self, crops_NSS3: np.ndarray) -> np.ndarray:
+        with self._counting:
+            self.metrics.batch(len(crops_NSS3))
+        return self.recognizer.embed(crops_NSS3)
+
+    def look(self, data: bytes, number: int, aligned: Optional[bool], only_largest: bool) -> tuple:
+        """(Faces, unit embeddings [n, D], or a future of them) of an encoded image. Raises Refused, Busy."""
+        faces, crops_NSS3 = self.faces(data, number, aligned)
         if only_largest:
-            for number, (faces, _) in enumerate(found):
-                if not len(faces):
-                    raise Refused(422, f"image {number}: no face was found")
-            rows = [[faces.largest()] for faces, _ in found]
-            found = [(faces.rows(row), crops[row]) for (faces, crops), row in zip(found, rows)]
-        crops_NSS3 = np.concatenate([crops for _, crops in found])
-        if not len(crops_NSS3):
-            return [(faces, np.zeros((0, self.dimension), np.float32)) for faces, _ in found]
-        pieces = [crops_NSS3[i : i + self.batcher.most] for i in range(0, len(crops_NSS3), self.batcher.most)]
-        emb_ND = np.concatenate(
-            await asyncio.gather(*(asyncio.wrap_future(self.batcher.submit(piece)) for piece in pieces))
-        )
-        if not np.isfinite(emb_ND).all():
-            raise Refused(422, "the model gives no finite embedding for a face of this request")
-        ends = np.cumsum([len(faces) for faces, _ in found])
-        return [(faces, emb_ND[end - len(faces) : end]) for (faces, _), end in zip(found, ends)]
+            if not len(faces):
+                raise Refused(422, f"image {number}: no face was found")
+            row = [faces.largest()]
+            faces, crops_NSS3 = faces.rows(row), crops_NSS3[row]
+        if not len(faces):
+            return faces, np.zeros((0, self.dimension), np.float32)
+        return faces, self.compute(crops_NSS3)
+
+    async def embed(self, images: list, aligned: Optional[bool], only_largest: bool = False) -> list:
+        """(Faces, unit embeddings [n, D]) of each image. Raises Refused, Busy."""
+        loop, results = asyncio.get_running_loop(), []
+        jobs = (loop.run_in_executor(self.workers, self.look, data, i, aligned, only_largest)
+                for i, data in enumerate(images))  # fmt: skip
+        for faces, emb_ND in await asyncio.gather(*jobs):
+            if isinstance(emb_ND, Future):
+                emb_ND = await asyncio.wrap_future(emb_ND)
+            if not np.isfinite(emb_ND).all():
+                raise Refused(422, "the model gives no finite embedding for a face of this request")
+            results.append((faces, emb_ND))
+        return results
 
     async def with_gallery(self, function, *arguments):
         """One call at a time. Raises Refused."""
@@ -261,8 +271,12 @@ def make_app(engine: Engine, on_ready=lambda: None):
         return refuse(503, str(error), {"Retry-After": "1"})
 
     @app.exception_handler(HTTPException)
-    async def no_such(_, error):
-        return refuse(error.status_code, str(error.detail), getattr(error, "headers", None))
+    async def no_such(request, error):
+        headers = error.headers
+        if error.status_code == 405:  # of the framework, which names the methods of one function alone
+            here = [route.methods for route in app.routes if getattr(route, "path", "") == request.url.path]
+            headers = {"Allow": ", ".join(sorted(set().union(*here)))}
+        return refuse(error.status_code, str(error.detail), headers)
 
     async def read_body(request) -> bytes:
         length = request.headers.get("content-length", "0")
@@ -311,7 +325,9 @@ def make_app(engine: Engine, on_ready=lambda: None):
 
     # --- the seed's interface ---
 
-    @app.post(WIRE, openapi_extra=documented("Embeddings, in the wire format of PLSC's client", "base64_string"))
+    @app.post(
+        WIRE, openapi_extra=documented("Embeddings, in the wire format of PLSC's client", "base64_string", least=0)
+    )
     async def inference(request: Request):
         images = json_images(await read_body(request), "base64_string")
         if len(images) > settings.max_images:
@@ -330,7 +346,9 @@ def make_app(engine: Engine, on_ready=lambda: None):
                   for faces, emb_ND in results]  # fmt: skip
         return JSONResponse({"model": engine.fingerprint, "dimension": engine.dimension, "images": images})
 
-    @app.post("/v1/verify", openapi_extra=documented("Do two photos show one person", "images", aligned=True))
+    @app.post(
+        "/v1/verify", openapi_extra=documented("Do two photos show one person", "images", aligned=True, least=2, most=2)
+    )
     async def verify(request: Request):
         images = await images_of(request)
         if len(images) != 2:
@@ -536,8 +554,10 @@ def policy(page: bytes) -> str:
     )
 
 
-def documented(summary: str, key: str = "", aligned=False, name=False, count=False, text=False) -> dict:
-    """An operation for the OpenAPI page, with every status that it can give."""
+def documented(
+    summary: str, key: str = "", aligned=False, name=False, count=False, text=False, least=1, most=None
+) -> dict:
+    """An operation for the OpenAPI page, with every status that it can give; least, most: images of a request."""
     error = {"application/json": {"schema": {"type": "object", "required": ["error"],
                                              "properties": {"error": {"type": "string"}}}}}  # fmt: skip
     answer = (
@@ -551,14 +571,17 @@ def documented(summary: str, key: str = "", aligned=False, name=False, count=Fal
     responses.update({str(status): {"description": why, "content": error} for status, why in reasons.items()})
     extra: dict = {"summary": summary, "responses": responses, "security": [{"bearer": []}, {}]}
     if key:
+        count_of_images = {"minItems": least, **({"maxItems": most} if most else {})}
         base64_list = {"type": "object", "required": [key], "properties": {
-            key: {"type": "array", "items": {"type": "string", "format": "byte"}}}}  # fmt: skip
+            key: {"type": "array", "items": {"type": "string", "format": "byte"}, **count_of_images}}}  # fmt: skip
         content: dict = {"application/json": {"schema": base64_list}}
         if key == "images":
-            files = {"type": "array", "items": {"type": "string", "format": "binary"}}
-            content["multipart/form-data"] = {"schema": {"type": "object", "properties": {"image": files}}}
+            files = {"type": "array", "items": {"type": "string", "format": "binary"}, **count_of_images}
+            form = {"type": "object", "required": ["image"], "properties": {"image": files}}
+            content["multipart/form-data"] = {"schema": form}
             for kind in ("image/jpeg", "image/png", "application/octet-stream"):
-                content[kind] = {"schema": {"type": "string", "format": "binary"}}
+                if least < 2:
+                    content[kind] = {"schema": {"type": "string", "format": "binary"}}
         extra["requestBody"] = {"required": True, "content": content}
     parameters = []
     if aligned:

@@ -25,7 +25,7 @@ def load_recognizer(path, device: Optional[str] = None, threads: Optional[int] =
     of which the newest is taken. Raises ModelError or CheckpointError.
 
     device: `cpu`, `cuda:0`, `npu:0`; the first of npu, cuda, cpu if None. An ONNX file always runs on the CPU.
-    threads: of the CPU. A checkpoint on a CPU with bf16 products of its own computes in bf16.
+    threads: of the CPU.
     """
     path = Path(path)
     if path.is_dir():
@@ -40,18 +40,13 @@ def load_recognizer(path, device: Optional[str] = None, threads: Optional[int] =
     from checkpoint import run
     from recognizer import Recognizer
     from runtime.device import parse_device
-    from runtime.precision import Precision
 
     path, state = run.read(path)
     device = parse_device(device or "auto")
     on_cpu = device.kind == "cpu"
-    recognizer = Recognizer.from_state(state, path, device, memory_format="channels_last" if on_cpu else "auto")
     if on_cpu and threads:
         torch.set_num_threads(threads)
-    # where the CPU multiplies bf16 itself this is the fastest way that loses nothing: benchmark/cpu_inference.py
-    if on_cpu and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-        recognizer.precision = Precision("bf16", device)
-        recognizer.precision.prepare(recognizer.backbone)
+    recognizer = Recognizer.from_state(state, path, device, memory_format="fastest" if on_cpu else "auto")
     return path, recognizer
 
 
@@ -162,21 +157,25 @@ class OnnxRecognizer:
             raise ModelError(
                 f"{self.path.name} takes aligned faces of {self.size}x{self.size}, not {images_BHWC.shape[1:]}"
             )
-        if self.channel_order == "bgr":
-            images_BHWC = images_BHWC[..., ::-1]
         parts = [self._run(images_BHWC[i : i + self.at_once]) for i in range(0, len(images_BHWC), self.at_once)]
         width = self.session.get_outputs()[0].shape[1]
         emb_ND = np.concatenate(parts) if parts else np.zeros((0, width if isinstance(width, int) else 0), np.float32)
         return emb_ND / np.maximum(np.linalg.norm(emb_ND, axis=1, keepdims=True), 1e-12)
 
+    def to_input(self, images_BHWC: np.ndarray) -> dict:
+        """What the session takes, of RGB images."""
+        if self.channel_order == "bgr":
+            images_BHWC = images_BHWC[..., ::-1]
+        input_BCHW = np.ascontiguousarray(images_BHWC.transpose(0, 3, 1, 2), np.float32)
+        input_BCHW /= 127.5
+        input_BCHW -= 1.0
+        return {self._input: input_BCHW}
+
     def _run(self, images_BHWC: np.ndarray) -> np.ndarray:
         count = len(images_BHWC)
         if self.batch and count < self.batch:
             images_BHWC = np.concatenate([images_BHWC, np.repeat(images_BHWC[:1], self.batch - count, axis=0)])
-        input_BCHW = np.ascontiguousarray(images_BHWC.transpose(0, 3, 1, 2), np.float32)
-        input_BCHW /= 127.5
-        input_BCHW -= 1.0
-        return self.session.run(None, {self._input: input_BCHW})[0][:count].astype(np.float32)
+        return self.session.run(None, self.to_input(images_BHWC))[0][:count].astype(np.float32)
 
 
 def _calibration(text: Optional[str], path) -> Optional[dict]:

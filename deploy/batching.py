@@ -17,26 +17,17 @@ class Busy(UserError):
 
 
 class Batcher:
-    """Gathers arrays [n, ...] from any threads into calls `compute(array)` of at most `most` rows, on its own threads.
+    """Gathers arrays [n, ...] from any threads into calls `compute(array)` of at most about `most` rows, on one thread.
 
-    compute: [N, ...] -> [N, ...]; by `threads` at a time. observe: called with the rows of each batch, by one at a
-    time. Rows that wait are at most `capacity`.
+    compute: [N, ...] -> [N, ...]. observe: called with the rows of each batch. Rows that wait are at most `capacity`.
     """
 
-    def __init__(
-        self,
-        compute: Callable,
-        most: int = 64,
-        capacity: int = 4096,
-        observe: Callable = lambda rows: None,
-        threads: int = 1,
-    ):
-        self._compute, self.most, self._capacity, self._observe = compute, most, capacity, observe
+    def __init__(self, compute: Callable, most: int = 64, capacity: int = 4096, observe: Callable = lambda rows: None):
+        self._compute, self._most, self._capacity, self._observe = compute, most, capacity, observe
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._waiting, self._lock = 0, threading.Lock()
-        self._threads = [threading.Thread(target=self._work, name="batcher", daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self._thread.start()
 
     def submit(self, rows: np.ndarray) -> Future:
         """A future of compute's rows for these. Raises Busy."""
@@ -50,15 +41,13 @@ class Batcher:
 
     def close(self) -> None:
         """What was submitted before is computed."""
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._queue.put(None)
+        self._thread.join()
 
     def _work(self) -> None:
         while (first := self._queue.get()) is not None:
             jobs, rows = [first], len(first[0])
-            while rows < self.most:
+            while rows < self._most:
                 try:
                     job = self._queue.get_nowait()
                 except queue.Empty:
@@ -78,9 +67,8 @@ class Batcher:
             return
         try:
             together = np.concatenate([rows for rows, _ in jobs])
-            with self._lock:
-                self._observe(len(together))
-            parts = [self._compute(together[i : i + self.most]) for i in range(0, len(together), self.most)]
+            self._observe(len(together))
+            parts = [self._compute(together[i : i + self._most]) for i in range(0, len(together), self._most)]
             results = np.split(np.concatenate(parts), np.cumsum([len(rows) for rows, _ in jobs])[:-1])
         except BaseException as error:  # whoever waits must not wait for ever
             for _, future in jobs:

@@ -49,7 +49,7 @@ def parser() -> Parser:
     add("--max_pixels", type=int, default=default.max_pixels, help="pixels of an image")
     add("--max_images", type=int, default=default.max_images, help="images of a request")
     add("--timeout", type=float, default=default.timeout, help="seconds of a request")
-    add("--batch", type=int, default=default.batch, help="faces that are embedded together at most")
+    add("--batch", type=int, default=default.batch, help="faces that a checkpoint embeds together at most")
     return options
 
 

@@ -206,13 +206,13 @@ def test_the_token_is_needed_and_other_web_sites_are_kept_out(started):
 
 def test_an_error_of_ours_says_only_that_there_was_one(started, monkeypatch, caplog):
     server = started()
-    monkeypatch.setattr(server.engine, "batcher", Batcher(lambda rows: 1 / 0))
+    monkeypatch.setattr(server.engine, "compute", Batcher(lambda rows: 1 / 0).submit)
     assert server.post("/v1/embed", face(ANN)) == (500, {"error": "internal error"})
     assert "ZeroDivisionError" in caplog.text
-    monkeypatch.setattr(server.engine, "batcher", Batcher(lambda rows: np.full((len(rows), 3), np.nan)))
+    monkeypatch.setattr(server.engine, "compute", Batcher(lambda rows: np.full((len(rows), 3), np.nan)).submit)
     status, answer = server.post("/v1/gallery?name=ann", face(ANN))
     assert status == 422 and "no finite embedding" in answer["error"] and server.engine.gallery.people() == {}
-    monkeypatch.setattr(server.engine, "batcher", Batcher(lambda rows: rows, capacity=0))
+    monkeypatch.setattr(server.engine, "compute", Batcher(lambda rows: rows, capacity=0).submit)
     assert server.post("/v1/embed", face(ANN))[0] == 503
 
 
@@ -384,6 +384,29 @@ def test_a_model_that_cannot_be_served_is_one_line(tmp_path, root):
     command = [sys.executable, "-m", "deploy.server", "--model", str(tmp_path / "bad.onnx"), "--port", "0"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_schemathesis_finds_no_fault_with_our_own_page(server, tmp_path):
+    """What the OpenAPI page says is what is answered. No schema can say "bytes of a photo", so what fits the page may
+    still be refused."""
+    pytest.importorskip("schemathesis")
+    words = ["run", f"http://127.0.0.1:{server.port}/openapi.json", "--seed=1", "--max-examples=3",
+             "--exclude-checks=positive_data_acceptance"]  # fmt: skip
+    command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and "generated" in done.stdout, done.stdout + done.stderr
+
+
+def test_an_image_is_built_from_what_is_here(root):
+    """There is no container on most machines that test: what the Dockerfile copies exists, and its command is one."""
+    from deploy.server import parser
+
+    lines = [line for line in (root / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert copied and all((root / word).exists() for word in copied)
+    (entry,) = [json.loads(line.split(" ", 1)[1]) for line in lines if line.startswith("ENTRYPOINT ")]
+    assert entry[:3] == ["python", "-m", "deploy.server"]
+    assert parser().parse_args([*entry[3:], "--model", "x"]).port == 8010
 
 
 def test_mutated_requests_get_an_answer(started):

@@ -35,6 +35,15 @@ def commands(page):
     return [line for line in found if len(line.split()) > 1]
 
 
+def test_serving_is_told_alike_in_both_languages():
+    pages = [ROOT / "docs" / name for name in ("serving.md", "serving_zh.md")]
+    assert commands(pages[0]) == commands(pages[1]) and len(commands(pages[0])) > 10
+    assert blocks(pages[0], "python") == blocks(pages[1], "python")
+    rows = [re.findall(r"^\|.*$", page.read_text(encoding="utf-8"), re.M) for page in pages]
+    numbers = [[sorted(re.findall(r"[0-9]+(?:\.[0-9]+)?", row)) for row in found] for found in rows]
+    assert numbers[0] == numbers[1]
+
+
 def test_both_readmes_name_the_same_commands():
     english, chinese = (commands(ROOT / name) for name in ("README.md", "README_zh.md"))
     assert english == chinese and len(english) > 30
