@@ -1,8 +1,9 @@
 """Verify a network: `python evaluate.py --pth_path=model.pth [--data_path=FOLDER_OR_SET]`, alone or under torchrun.
 
 The weights may be this project's or a known upstream project's; they say themselves which network they are for, and
-which channel order it takes, unless `--weights_channel_order` says otherwise. Computes in fp32
-unless `--opt_level` says otherwise. Prints a table, and leaves evaluation.json and roc.png in `--output`,
+which channel order it takes, unless `--weights_channel_order` says otherwise. Computes in fp32,
+on a CPU as it is quickest without a loss of accuracy (bf16 where it multiplies that itself), unless `--opt_level` and
+`--memory_format` say otherwise. Prints a table, and leaves evaluation.json and roc.png in `--output`,
 metrics.jsonl (for report.py) in `--run_dir`; one of the two stands for both, work_space/evaluation for neither.
 """
 
@@ -69,11 +70,11 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
         config.pth_path,
         device,
         config.weights_channel_order or None,
-        "O0" if config.opt_level == "auto" else config.opt_level,
+        config.opt_level,
         config.memory_format,
         world,
     )
-    fast_paths = {**recognizer.fast_paths, **tuned}
+    fast_paths = {**recognizer.embeds_by, **tuned}
     run_dir = Path(config.run_dir or config.output or Path(config.work_path) / "evaluation")
     folder = Path(config.output or run_dir)
     with log.RunLog(run_dir, world, config.as_dict(), tensorboard=False) as run_log:

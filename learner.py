@@ -121,6 +121,7 @@ class Learner:
 
         self.tuned = self.device.tune(config.tf32, config.autotune)
         self.precision = recognizer.precision = choose_precision(config, self.device, world)
+        recognizer.as_quickest = config.use_amp and config.opt_level == "auto"
         check_memory(config, recognizer, self.dataset.num_classes, world)
         net_mode = recognizer.architecture["net_mode"]
         self.head = MarginHead(

@@ -9,6 +9,7 @@ Shapes: N, B images, D embedding size. Images are aligned 112x112 faces, uint8 R
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from runtime import log as runlog
 from runtime.device import Device, parse_device
 from runtime.dist import ALONE, World
 from runtime.errors import CheckpointError, DamagedItem, DataError
-from runtime.precision import Precision
+from runtime.precision import POLICIES, Precision
 from verify import embed
 from verify.protocol import PairResult
 
@@ -46,6 +47,8 @@ class Recognizer:
     threshold: squared L2 distance of unit embeddings below which two faces are one person; None until one is known.
     calibration: how the threshold was found, as plain values (`deploy.calibration`); None where verification chose it.
     precision: how it computes; fp32 unless said otherwise. normalisation: of pixels, one of NORMALISATIONS.
+    as_quickest: embed as the device does it quickest without a loss (`Device.for_embedding`), where `precision` is fp32
+    and `memory_format` auto only because nobody said otherwise.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Recognizer:
             raise CheckpointError(f"normalisation {normalisation!r}: choose from {', '.join(NORMALISATIONS)}")
         self.normalisation, self.input_factor = normalisation, NORMALISATIONS[normalisation]
         self.threshold, self.calibration = threshold, calibration
+        self.as_quickest, self._layout_asked = precision is None, memory_format
         self.memory_format = device.layout(memory_format)
         self.backbone = backbone.to(device=device.torch, memory_format=self.memory_format)
         self.channel_order = channel_order
@@ -99,7 +103,7 @@ class Recognizer:
         path,
         device: Optional[Device] = None,
         channel_order: Optional[str] = None,
-        opt_level: str = "O0",
+        opt_level: str = "auto",
         memory_format: str = "auto",
         world: World = ALONE,
     ) -> Recognizer:
@@ -107,13 +111,14 @@ class Recognizer:
         project's file. All ranks of `world` call it.
 
         device: a Device or its name; the first of npu, cuda, cpu if None. channel_order: what the net takes, where the
-        file does not say it right. opt_level: the precision policy that it computes by.
+        file does not say it right. opt_level: the precision policy that it computes by; auto: `as_quickest`.
         Raises CheckpointError, one line, for what is no such file.
         """
         device = _opened(device)
         path, state = run.read(path, world)
         recognizer = cls.from_state(state, path, device, channel_order, memory_format=memory_format)
-        recognizer.precision = Precision(opt_level, device, world)
+        recognizer.as_quickest = opt_level == "auto"
+        recognizer.precision = Precision("O0" if recognizer.as_quickest else opt_level, device, world)
         recognizer.precision.prepare(recognizer.backbone)
         return recognizer
 
@@ -183,9 +188,13 @@ class Recognizer:
 
     @property
     def fast_paths(self) -> dict:
-        """What only speed depends on, for reports."""
-        layout = "channels_last" if self.memory_format == torch.channels_last else "contiguous"
-        return {"opt_level": self.precision.policy.name, "memory_format": layout}
+        """What only speed depends on in a training, for reports."""
+        return _shown(self.precision.policy.name, self.memory_format)
+
+    @property
+    def embeds_by(self) -> dict:
+        """The same of `embed` and `verify`."""
+        return _shown(*self._computing())
 
     @property
     def fingerprint(self) -> str:
@@ -212,11 +221,19 @@ class Recognizer:
 
     # --- what it does ------------------------------------------------------------------------------------------------
 
-    def to_input(self, images_BHWC: torch.Tensor, flip_B: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def to_input(
+        self,
+        images_BHWC: torch.Tensor,
+        flip_B: Optional[torch.Tensor] = None,
+        memory_format: Optional[torch.memory_format] = None,
+    ) -> torch.Tensor:
         """uint8 RGB [B, H, W, 3] on the device -> what the backbone takes. The one way to prepare images, in training
         and everywhere else. flip_B: bool [B], the images to mirror."""
         input_BCHW = transforms.to_input(
-            images_BHWC, flip_B, memory_format=self.memory_format, channel_order=self.channel_order
+            images_BHWC,
+            flip_B,
+            memory_format=memory_format or self.memory_format,
+            channel_order=self.channel_order,
         )
         if self.input_factor != 1.0:
             input_BCHW.mul_(self.input_factor)
@@ -253,15 +270,31 @@ class Recognizer:
             results.update(embed.verify(self.backbone, one, **self._how(world, batch_size, flip_sum), **watch))
         return results
 
+    def _computing(self) -> tuple[str, torch.memory_format]:
+        """(precision policy, layout) of `embed` and `verify`."""
+        policy, layout = self.precision.policy.name, self.memory_format
+        if not self.as_quickest or policy != "O0":
+            return policy, layout
+        policy, quickest = self.device.for_embedding()
+        return policy, quickest if self._layout_asked == "auto" else layout
+
     def _how(self, world, batch_size, flip_sum) -> dict:
+        policy, layout = self._computing()
+        autocast = self.precision.autocast
+        if policy != self.precision.policy.name:  # weights stay as they are: they may be in training
+            autocast = functools.partial(self.device.autocast, POLICIES[policy].autocast)
         return {
             "device": self.device,
             "world": world,
             "batch_size": batch_size,
             "flip_sum": flip_sum,
-            "autocast": self.precision.autocast,
-            "to_input": self.to_input,
+            "autocast": autocast,
+            "to_input": functools.partial(self.to_input, memory_format=layout),
         }
+
+
+def _shown(policy: str, layout: torch.memory_format) -> dict:
+    return {"opt_level": policy, "memory_format": "channels_last" if layout == torch.channels_last else "contiguous"}
 
 
 def _opened(device) -> Device:

@@ -40,11 +40,13 @@ class _Exported(nn.Module):
 def export(recognizer, path, export_type: str = "onnx", images=None, upstream: str = "") -> Path:
     """Writes `path`; images: uint8 RGB [N, 112, 112, 3] to check it with, beside random ones.
 
-    recognizer: on the CPU, in fp32. Raises ModelError where the file's embeddings are further than TOLERANCE from the
-    checkpoint's, and ConfigError or ModelError where it cannot be made or checked; then nothing is left."""
+    recognizer: on the CPU, in fp32, in which it embeds from now on. Raises ModelError where the file's embeddings are
+    further than TOLERANCE from the checkpoint's, and ConfigError or ModelError where it cannot be made or checked; then
+    nothing is left."""
     if export_type not in TYPES:
         raise ConfigError(f"--export_type {export_type}: choose from {', '.join(TYPES)}")
     path = Path(path)
+    recognizer.as_quickest = False  # the file is compared with what fp32 gives
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path}: is there and is no file: choose another name")
     if recognizer.device.kind != "cpu":
@@ -161,7 +163,7 @@ def _write_torchscript(recognizer, path: Path, metadata: dict):
 
 
 def _write_pth(recognizer, path: Path, metadata: dict):
-    return type(recognizer).load(recognizer.save(path), "cpu").embed
+    return type(recognizer).load(recognizer.save(path), "cpu", opt_level="O0").embed
 
 
 _WRITERS = {"onnx": _write_onnx, "torchscript": _write_torchscript, "pth": _write_pth}

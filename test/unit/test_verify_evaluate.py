@@ -24,6 +24,7 @@ from data import pairs, transforms
 from model import create_model
 from runtime.dist import ALONE
 from runtime.errors import DataError, UserError
+from verify import embed
 from verify.embed import verify
 
 pytestmark = pytest.mark.core
@@ -61,11 +62,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def arguments(folder, weights="ours.pth", *more):
-    return options.parse_arguments(
-        [f"--pth_path={folder / weights}", f"--data_path={folder}", "--device_type=cpu", "--eval_batch_size=8", *more],
-        training=False,
-    )
+def arguments(folder, weights="ours.pth", *more, exact=True):
+    """exact: as `directly` computes, whatever is quickest here."""
+    words = [f"--pth_path={folder / weights}", f"--data_path={folder}", "--device_type=cpu", "--eval_batch_size=8"]
+    words += ["--opt_level=O0", "--memory_format=contiguous"] if exact else []
+    return options.parse_arguments([*words, *more], training=False)
 
 
 def run(config):
@@ -94,6 +95,22 @@ def test_all_sets_of_the_folder_are_judged_and_written_down(folder, tmp_path, ca
     assert [line["kind"] for line in lines] == ["run", "verify", "verify", "end"]
     numbers = report.write_report(tmp_path, tmp_path, "eval")
     assert numbers["accuracy"] == results["lfw"].accuracy and numbers["accuracy_is"] == "verification on lfw"
+
+
+def test_the_default_is_the_quickest_way_of_the_device(folder, tmp_path, monkeypatch):
+    """Of the CPU: channels_last, and bf16 where it multiplies that; in a training's own verification too."""
+    config = arguments(folder, "ours.pth", f"--output={tmp_path}", "--val_targets=lfw", exact=False)
+    seen = []
+    monkeypatch.setattr(embed, "verify", lambda model, sets, **how: seen.append(how) or verify(model, sets, **how))
+    result = run(config)["lfw"]
+    policy, layout = CPU.for_embedding()
+    x_BCHW = seen[0]["to_input"](torch.zeros(2, 112, 112, 3, dtype=torch.uint8))
+    assert x_BCHW.is_contiguous(memory_format=layout) and layout == torch.channels_last
+    with seen[0]["autocast"]():
+        computed = torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype
+    assert computed == (torch.bfloat16 if policy == "bf16" else torch.float32)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["opt_level"] == policy
+    assert abs(result.accuracy - directly(folder).accuracy) <= 2 / PAIRS  # of a net that has learnt nothing
 
 
 def test_the_roc_is_drawn(folder, tmp_path):
