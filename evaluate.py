@@ -2,8 +2,8 @@
 
 The weights may be this project's or a known upstream project's; they say themselves which network they are for, and
 which channel order it takes, unless `--weights_channel_order` says otherwise. Computes in fp32,
-on a CPU as it is quickest without a loss of accuracy (bf16 where it multiplies that itself), unless `--opt_level` and
-`--memory_format` say otherwise. Prints a table, and leaves evaluation.json and roc.png in `--output`,
+on a CPU that multiplies bf16 in that, which is quicker and costs no accuracy, unless `--opt_level` says otherwise.
+Prints a table, and leaves evaluation.json and roc.png in `--output`,
 metrics.jsonl (for report.py) in `--run_dir`; one of the two stands for both, work_space/evaluation for neither.
 """
 
@@ -74,7 +74,7 @@ def evaluate(config, sets: dict[str, Path], device, world) -> dict:
         config.memory_format,
         world,
     )
-    fast_paths = {**recognizer.embeds_by, **tuned}
+    fast_paths = {**recognizer.fast_paths, "opt_level": recognizer.embedding_policy, **tuned}
     run_dir = Path(config.run_dir or config.output or Path(config.work_path) / "evaluation")
     folder = Path(config.output or run_dir)
     with log.RunLog(run_dir, world, config.as_dict(), tensorboard=False) as run_log:

@@ -47,8 +47,8 @@ class Recognizer:
     threshold: squared L2 distance of unit embeddings below which two faces are one person; None until one is known.
     calibration: how the threshold was found, as plain values (`deploy.calibration`); None where verification chose it.
     precision: how it computes; fp32 unless said otherwise. normalisation: of pixels, one of NORMALISATIONS.
-    as_quickest: embed as the device does it quickest without a loss (`Device.for_embedding`), where `precision` is fp32
-    and `memory_format` auto only because nobody said otherwise.
+    as_quickest: embed as the device does it quickest without a loss (`Device.embedding_policy`), where `precision` is
+    fp32 only because nobody said otherwise.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Recognizer:
             raise CheckpointError(f"normalisation {normalisation!r}: choose from {', '.join(NORMALISATIONS)}")
         self.normalisation, self.input_factor = normalisation, NORMALISATIONS[normalisation]
         self.threshold, self.calibration = threshold, calibration
-        self.as_quickest, self._layout_asked = precision is None, memory_format
+        self.as_quickest = precision is None
         self.memory_format = device.layout(memory_format)
         self.backbone = backbone.to(device=device.torch, memory_format=self.memory_format)
         self.channel_order = channel_order
@@ -189,12 +189,14 @@ class Recognizer:
     @property
     def fast_paths(self) -> dict:
         """What only speed depends on in a training, for reports."""
-        return _shown(self.precision.policy.name, self.memory_format)
+        layout = "channels_last" if self.memory_format == torch.channels_last else "contiguous"
+        return {"opt_level": self.precision.policy.name, "memory_format": layout}
 
     @property
-    def embeds_by(self) -> dict:
-        """The same of `embed` and `verify`."""
-        return _shown(*self._computing())
+    def embedding_policy(self) -> str:
+        """The precision policy of `embed` and `verify`."""
+        policy = self.precision.policy.name
+        return self.device.embedding_policy() if self.as_quickest and policy == "O0" else policy
 
     @property
     def fingerprint(self) -> str:
@@ -221,19 +223,11 @@ class Recognizer:
 
     # --- what it does ------------------------------------------------------------------------------------------------
 
-    def to_input(
-        self,
-        images_BHWC: torch.Tensor,
-        flip_B: Optional[torch.Tensor] = None,
-        memory_format: Optional[torch.memory_format] = None,
-    ) -> torch.Tensor:
+    def to_input(self, images_BHWC: torch.Tensor, flip_B: Optional[torch.Tensor] = None) -> torch.Tensor:
         """uint8 RGB [B, H, W, 3] on the device -> what the backbone takes. The one way to prepare images, in training
         and everywhere else. flip_B: bool [B], the images to mirror."""
         input_BCHW = transforms.to_input(
-            images_BHWC,
-            flip_B,
-            memory_format=memory_format or self.memory_format,
-            channel_order=self.channel_order,
+            images_BHWC, flip_B, memory_format=self.memory_format, channel_order=self.channel_order
         )
         if self.input_factor != 1.0:
             input_BCHW.mul_(self.input_factor)
@@ -270,31 +264,18 @@ class Recognizer:
             results.update(embed.verify(self.backbone, one, **self._how(world, batch_size, flip_sum), **watch))
         return results
 
-    def _computing(self) -> tuple[str, torch.memory_format]:
-        """(precision policy, layout) of `embed` and `verify`."""
-        policy, layout = self.precision.policy.name, self.memory_format
-        if not self.as_quickest or policy != "O0":
-            return policy, layout
-        policy, quickest = self.device.for_embedding()
-        return policy, quickest if self._layout_asked == "auto" else layout
-
     def _how(self, world, batch_size, flip_sum) -> dict:
-        policy, layout = self._computing()
         autocast = self.precision.autocast
-        if policy != self.precision.policy.name:  # weights stay as they are: they may be in training
-            autocast = functools.partial(self.device.autocast, POLICIES[policy].autocast)
+        if self.embedding_policy != self.precision.policy.name:  # the weights stay as they are: they may be in training
+            autocast = functools.partial(self.device.autocast, POLICIES[self.embedding_policy].autocast)
         return {
             "device": self.device,
             "world": world,
             "batch_size": batch_size,
             "flip_sum": flip_sum,
             "autocast": autocast,
-            "to_input": functools.partial(self.to_input, memory_format=layout),
+            "to_input": self.to_input,
         }
-
-
-def _shown(policy: str, layout: torch.memory_format) -> dict:
-    return {"opt_level": policy, "memory_format": "channels_last" if layout == torch.channels_last else "contiguous"}
 
 
 def _opened(device) -> Device:

@@ -43,10 +43,9 @@ def load_recognizer(path, device: Optional[str] = None, threads: Optional[int] =
 
     path, state = run.read(path)
     device = parse_device(device or "auto")
-    on_cpu = device.kind == "cpu"
-    if on_cpu and threads:
+    if device.kind == "cpu" and threads:
         torch.set_num_threads(threads)
-    recognizer = Recognizer.from_state(state, path, device, memory_format="fastest" if on_cpu else "auto")
+    recognizer = Recognizer.from_state(state, path, device)
     return path, recognizer
 
 

@@ -75,10 +75,10 @@ class Device:
             "channels_last": torch.channels_last,
         }[name]
 
-    def for_embedding(self) -> tuple[str, torch.memory_format]:
-        """(precision policy, layout) in which a trained net is run where nobody asks for others: the quickest that
-        costs less than 0.1 points of accuracy (benchmark/cpu_inference.py)."""
-        return "O0", self.memory_format
+    def embedding_policy(self) -> str:
+        """The precision policy in which a trained net is run where nobody asks for another: the quickest that costs
+        less than 0.1 points of accuracy (benchmark/cpu_inference.py)."""
+        return "O0"
 
     # What a machine has of this kind: asked of the class.
 
@@ -252,11 +252,9 @@ class Cpu(Device):
     def count(cls):
         return 1
 
-    def for_embedding(self):
-        # without products of its own a CPU is slower in bf16; batch norm's sums, exact in the other layout only, are
-        # no part of a trained net
-        multiplies_bf16 = getattr(getattr(torch, "cpu", None), "_is_avx512_bf16_supported", lambda: False)()
-        return "bf16" if multiplies_bf16 else "O0", torch.channels_last
+    def embedding_policy(self) -> str:
+        # bf16 is slower than fp32 on a CPU that does not multiply it
+        return "bf16" if getattr(getattr(torch, "cpu", None), "_is_avx512_bf16_supported", bool)() else "O0"
 
     def set(self) -> None:
         host.keep_freed_memory()
