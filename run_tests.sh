@@ -73,6 +73,7 @@ environment_213() {
 part ruff "$PYTHON" -m ruff check .
 part format "$PYTHON" -m ruff format --check .
 part main main_tests "$PYTHON"
+part fuzz "$PYTHON" test/fuzz/run.py all --cases=2000
 part npu npu_tests "$PYTHON" test/npu
 part 1.8_legacy bash test/legacy.sh
 if [ "$all" = true ]; then

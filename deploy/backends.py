@@ -11,7 +11,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 
@@ -109,6 +109,24 @@ def without_prelu(graph) -> int:
     return count
 
 
+class Port(NamedTuple):
+    """An input or output of a network; a size that is not fixed is a word."""
+
+    name: str
+    shape: list
+
+
+def described(session, path) -> tuple[list[Port], list[Port], dict]:
+    """(inputs, outputs, metadata) of a session. Raises ModelError for names that are no text."""
+    try:
+        inputs, outputs = (
+            [Port(one.name, one.shape) for one in ports] for ports in (session.get_inputs(), session.get_outputs())
+        )
+        return inputs, outputs, dict(session.get_modelmeta().custom_metadata_map)
+    except UnicodeDecodeError:
+        raise ModelError(f"{path}: is damaged (a name in it is no text): copy or export it again") from None
+
+
 class OnnxRecognizer:
     """An exported backbone, [B, 3, S, S] of (pixel - 127.5) / 127.5 -> [B, D]; B may be fixed.
 
@@ -119,26 +137,18 @@ class OnnxRecognizer:
     def __init__(self, path, threads: Optional[int] = None):
         self.path = Path(path)
         self.session = open_session(path, threads)
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        shape = inputs[0].shape
-        if (
-            len(inputs) != 1
-            or len(shape) != 4
-            or shape[1] != 3
-            or shape[2] != shape[3]
-            or not isinstance(shape[2], int)
-        ):
+        inputs, outputs, self.meta = described(self.session, path)
+        shape = inputs[0].shape if len(inputs) == 1 else []
+        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or not isinstance(shape[2], int):
             shown = ", ".join(f"{value.name} {value.shape}" for value in inputs[:4])
             raise ModelError(f"{path}: takes {shown}, where one input [batch, 3, side, side] of faces is expected")
-        if len(outputs[0].shape) != 2:
-            raise ModelError(
-                f"{path}: gives {outputs[0].name} {outputs[0].shape}, where [batch, embedding] is expected"
-            )
+        if not outputs or len(outputs[0].shape) != 2:
+            shown = ", ".join(f"{value.name} {value.shape}" for value in outputs[:4])
+            raise ModelError(f"{path}: gives {shown or 'nothing'}, where [batch, embedding] is expected")
         self.size = shape[2]
         self.batch = shape[0] if isinstance(shape[0], int) else None
         self.at_once = self.batch or 1  # the activations of one face stay in a core's cache, those of eight do not
         self._input = inputs[0].name
-        self.meta = dict(self.session.get_modelmeta().custom_metadata_map)
         self.channel_order = self.meta.get("channel_order", "rgb")
         self.fingerprint = self.meta.get("fingerprint") or files.file_checksum(path)
         self.calibration = _calibration(self.meta.get("calibration"), path)

@@ -14,7 +14,6 @@ the similarity, videos are written with 30 frames a second and read in BGR.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -37,6 +36,7 @@ from deploy.video import SUFFIXES as VIDEO_SUFFIXES
 from deploy.video import VideoReader, VideoWriter
 from runtime.errors import ConfigError, DamagedItem, GalleryError, UserError, printable
 from runtime.files import atomic_file, temporary_path
+from runtime.log import Parser
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +51,9 @@ def _word(text: str) -> bool:
     return text.lower() in ("true", "t", "1")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The options, by the original's names and defaults."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = Parser(description=__doc__.splitlines()[0])
     add = options.add_argument
     add("--det", action="store_true", help="find the faces; without it a picture is a face")
     add("--rec", action="store_true", help="say whose they are")
@@ -427,7 +427,7 @@ def _table(values: dict) -> str:
 
 
 def main(argv: Optional[list] = None) -> int:
-    """The command: status 1 where nothing could be recognised."""
+    """The command. Raises UserError, one line, also where nothing could be read."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     args = parser().parse_args(argv)
     demo = InsightFace(args, print_info=True)
@@ -436,5 +436,6 @@ def main(argv: Optional[list] = None) -> int:
         return 0
     if args.input is None:
         raise ConfigError("--input: name an image, a folder or a video")
-    count = sum(1 for _ in demo.predict(args.input, print_info=True))
-    return 0 if count else 1
+    if not sum(1 for _ in demo.predict(args.input, print_info=True)):
+        raise ConfigError(f"--input {args.input}: holds no image or video that can be read")
+    return 0

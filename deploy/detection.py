@@ -19,6 +19,7 @@ from PIL import Image
 from runtime.errors import ConfigError, ModelError
 
 MOST_CANDIDATES = 5000  # a hostile picture must not make the suppression of overlaps quadratic in a million
+MOST_SIDE = 1 << 13  # of a photo as a detector takes it
 SIZE = 640  # the long side that the ONNX detectors see
 
 
@@ -172,11 +173,11 @@ class OnnxDetector:
     """A detector in an ONNX file, run by onnxruntime on the CPU."""
 
     def __init__(self, path, threshold: float = 0.6, size: int = SIZE):
-        from deploy.backends import open_session
+        from deploy.backends import described, open_session
 
         self.threshold, self.path = threshold, Path(path)
         self.session = open_session(path)
-        outputs = self.session.get_outputs()
+        inputs, outputs, _meta = described(self.session, path)
         self._names = [output.name for output in outputs]
         layout = recognise_layout(self._names, [output.shape for output in outputs])
         if layout is None:
@@ -186,10 +187,14 @@ class OnnxDetector:
                 f"known are {', '.join(LAYOUTS)}"
             )
         self.name, self.layout = layout, LAYOUTS[layout]
-        input_ = self.session.get_inputs()[0]
-        self._input = input_.name
-        height, width = input_.shape[2:]
+        if len(inputs) != 1 or len(inputs[0].shape) != 4:
+            shown = ", ".join(f"{value.name} {value.shape}" for value in inputs[:4])
+            raise ModelError(f"{path}: takes {shown}, where one input [1, 3, height, width] of a photo is expected")
+        self._input = inputs[0].name
+        height, width = inputs[0].shape[2:]
         self._fixed = (height, width) if isinstance(height, int) and isinstance(width, int) else None
+        if self._fixed and not all(1 <= side <= MOST_SIDE for side in self._fixed):
+            raise ModelError(f"{path}: takes photos of {height} x {width} pixels: known are up to {MOST_SIDE} a side")
         self.size = size
 
     def detect(self, image_HWC: np.ndarray) -> Faces:
@@ -212,11 +217,14 @@ class OnnxDetector:
         input_HWC[: new[0], : new[1]] = reduced[:, :, ::-1] if self.layout.bgr else reduced
         input_HWC = (input_HWC - np.float32(self.layout.mean)) / self.layout.std
         feed = {self._input: np.ascontiguousarray(input_HWC.transpose(2, 0, 1))[None]}
-        outputs = dict(zip(self._names, self.session.run(None, feed)))
-        boxes_P4, scores_P, points_P52 = self.layout.decode(outputs, *into)
-        good = np.flatnonzero(
-            (scores_P >= self.threshold) & np.isfinite(boxes_P4).all(1) & np.isfinite(points_P52).all((1, 2))
-        )
+        try:
+            outputs = dict(zip(self._names, self.session.run(None, feed)))
+            boxes_P4, scores_P, points_P52 = self.layout.decode(outputs, *into)
+            good = np.flatnonzero(
+                (scores_P >= self.threshold) & np.isfinite(boxes_P4).all(1) & np.isfinite(points_P52).all((1, 2))
+            )
+        except Exception as error:  # onnxruntime has a dozen classes; numpy refuses outputs of other lengths
+            raise ModelError(f"{self.path}: fails as {self.name} ({error}): take another detector") from error
         found = Faces(boxes_P4[good], scores_P[good], points_P52[good])
         found = found.rows(suppress(found.boxes_N4, found.scores_N, overlap=0.45))
         back_2 = np.float32([width / new[1], height / new[0]])

@@ -6,6 +6,7 @@ Every choice comes from the given `random.Random`, so that a case is the same ev
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import os
@@ -316,11 +317,12 @@ def _one_json(text: str, rng: Random) -> str:
 # --- pickle ----------------------------------------------------------------------------------------------------------
 
 
-def _opcodes(content: bytes) -> list:
+@functools.lru_cache(64)
+def _opcodes_of(content: bytes) -> tuple:
     """[(opcode, argument, its bytes)] up to STOP."""
     ops = list(pickletools.genops(content))
     ends = [op[2] for op in ops[1:]] + [ops[-1][2] + 1]
-    return [(op, argument, content[begin:end]) for (op, argument, begin), end in zip(ops, ends)]
+    return tuple((op, argument, content[begin:end]) for (op, argument, begin), end in zip(ops, ends))
 
 
 def _integer(number: int) -> bytes:
@@ -355,7 +357,7 @@ _GLOBALS = (
 
 def _pickle(content: bytes, rng: Random) -> bytes:
     try:
-        ops = _opcodes(content)
+        ops = list(_opcodes_of(content))
     except Exception:
         return _bytes(content, rng)
     at = rng.randrange(len(ops))
@@ -408,7 +410,10 @@ def _zip(content: bytes, rng: Random) -> bytes:
     """The archive written again, its checksums right, with one entry changed."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+            infos = archive.infolist()
+            if not infos or sum(info.file_size for info in infos) > 8 * len(content) + 4096:  # empty, or a bomb
+                return _bytes(content, rng)
+            entries = [(info.filename, archive.read(info)) for info in infos]
     except Exception:
         return _bytes(content, rng)
     # the pickle of a .pth says what its other entries are
@@ -416,7 +421,6 @@ def _zip(content: bytes, rng: Random) -> bytes:
     at = rng.choice(chosen or range(len(entries)))
     name, data = entries[at]
     way = rng.randrange(8)
-    compression = zipfile.ZIP_STORED
     if way <= 4:
         entries[at] = (name, change(data, rng))
     elif way == 5:
@@ -427,16 +431,37 @@ def _zip(content: bytes, rng: Random) -> bytes:
         else:
             entries.append(entries[at])
     else:
-        entries[at], compression = (name, bytes(64 << 20)), zipfile.ZIP_DEFLATED
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", compression) as archive:
-        archive.fp = out
-        for name, data in entries:
-            try:
-                archive.writestr(zipfile.ZipInfo(name.replace("\0", "_") or "x"), data, compression)
-            except (ValueError, UnicodeEncodeError):
-                pass
-    return out.getvalue()
+        entries[at] = (name, _Bomb())
+    return zip_of(entries)
+
+
+class _Bomb:
+    """A record of 64 MiB of zeros."""
+
+
+@functools.cache
+def _deflated_bomb() -> tuple[bytes, int]:
+    deflate, data = zlib.compressobj(9, zlib.DEFLATED, -15), bytes(1 << 20)
+    block = deflate.compress(data) + deflate.flush(zlib.Z_FULL_FLUSH)  # after which it may stand again
+    check = 0
+    for _ in range(64):
+        check = zlib.crc32(data, check)
+    return 64 * block + b"\3\0", check
+
+
+def zip_of(entries: list) -> bytes:
+    """The bytes of an archive of (name, data), stored as they are; of any names, which zipfile would not write."""
+    body, directory = b"", b""
+    for name, data in entries:
+        name = name.encode("utf-8", "surrogateescape")[:65535]
+        method, size = 0, len(data) if isinstance(data, bytes) else 64 << 20
+        data, check = (data, zlib.crc32(data)) if isinstance(data, bytes) else _deflated_bomb()
+        method = 0 if size == len(data) else 8
+        shared = struct.pack("<5H3I2H", 20, 0x800, method, 0, 33, check, len(data), size, len(name), 0)
+        directory += b"PK\1\2" + struct.pack("<H", 20) + shared + struct.pack("<3H2I", 0, 0, 0, 0, len(body)) + name
+        body += b"PK\3\4" + shared + name + data
+    end = struct.pack("<4H2IH", 0, 0, len(entries), len(entries), len(directory), len(body), 0)
+    return body + directory + b"PK\5\6" + end
 
 
 # --- files and arguments ---------------------------------------------------------------------------------------------

@@ -13,24 +13,31 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import errno
 import faulthandler
+import gc
 import hashlib
 import importlib
 import json
 import logging
+import mmap
+import multiprocessing
 import os
 import random
 import resource
 import select
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -50,6 +57,7 @@ WAIT_SECONDS = 5  # asleep so long without computing anything: waits for ever
 MEMORY_BYTES = 1 << 30  # beyond what the process had before the case
 CASES_A_PROCESS = 1000  # what a case leaves behind in its process has an end
 NOBODY = 65534
+NO_CASE = struct.pack("<q", -1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Target:
     read: Callable[[Path], object]
     samples: Callable[[], list]
     prepare: Callable[[], object]
-    weight: float  # of CI's cases: less for what takes long
+    weight: float  # of the cases that are asked for: less for what takes long
     names_paths: bool = False  # a command: its arguments may name any place, where a case has no rights
 
 
@@ -127,6 +135,14 @@ class _Watch(logging.Handler):
         self.folder = self.secret = None
         self.found = ""
 
+    def begin(self, folder: Path, secret: Path) -> None:
+        """From here on: changes belong into `folder`, and `secret` in it is not to be read."""
+        self.secret = os.stat(secret)
+        self.folder = os.path.join(os.path.realpath(folder), "")
+
+    def end(self) -> None:
+        self.folder = None
+
     def note(self, what: str) -> None:
         self.found = self.found or what
 
@@ -168,7 +184,10 @@ class _Watch(logging.Handler):
         return not path.startswith((self.folder, "/dev/", "/proc/self/"))
 
     def _is_secret(self, path) -> bool:
-        return os.path.realpath(os.fsdecode(path)) == self.secret
+        try:
+            return os.path.samestat(os.stat(path), self.secret)
+        except (OSError, ValueError):
+            return False
 
 
 def attempt(read: Callable[[Path], object], folder: Path) -> Outcome:
@@ -199,9 +218,12 @@ def _place(error: BaseException) -> str:
     return f"{Path(last.filename).name}:{last.name}"
 
 
-def _serve(case_target: Target, samples_of, indices, folder: Path, out: int) -> None:
-    """Runs cases one after the other in this (forked) process and writes a line for each; limits end the process."""
+def _serve(case_target: Target, samples_of, indices, folder: Path, at: mmap.mmap, ended: int) -> None:
+    """Runs cases one after the other in this (forked) process; limits end the process. `at`, shared with the parent,
+    holds the number of the case at work; a line for each that has ended goes to the file `ended`. (A pipe would wake
+    the parent twice a case, which costs more than most cases.)"""
     os.setsid()
+    gc.freeze()  # torch has a million objects, which no collection here needs to visit
     faulthandler.disable()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -209,6 +231,7 @@ def _serve(case_target: Target, samples_of, indices, folder: Path, out: int) -> 
     root = logging.getLogger()
     root.handlers[:] = [watch]
     root.setLevel(logging.INFO)
+    root.manager.loggerDict.clear()  # torch's thousand, each of which is told of every change of the level
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(nothing, standard)
@@ -223,28 +246,29 @@ def _serve(case_target: Target, samples_of, indices, folder: Path, out: int) -> 
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     inside = outside / "case"
-    watch.secret = os.path.realpath(outside / "secret.jpg")
     sys.addaudithook(watch)
+    for name in set(os.environ) - {"PATH", "OMP_NUM_THREADS"}:  # a command's case copies them all
+        del os.environ[name]
     os.environ["HOME"] = os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = str(folder)
     page = resource.getpagesize()
     had = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, resource.RLIM_INFINITY))
+    statm = open("/proc/self/statm", "rb", buffering=0)
     for index in indices:
         sample = samples_of(index)
         inside.mkdir()
         sample.write(inside)
         os.chdir(inside)
         watch.found = ""
-        with open("/proc/self/statm", "rb") as statm:
-            used = int(statm.read().split()[0]) * page
+        used = int(os.pread(statm.fileno(), 100, 0).split()[0]) * page
         resource.setrlimit(resource.RLIMIT_AS, (used + 2 * MEMORY_BYTES, hard))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, resource.RLIM_INFINITY))
-        os.write(out, b"%d\n" % index)
+        at[:8] = struct.pack("<q", index)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        watch.folder = os.path.join(os.path.realpath(folder), "")
+        watch.begin(folder, outside / "secret.jpg")
         outcome = attempt(case_target.read, inside)
-        watch.folder = None
+        watch.end()
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -252,7 +276,8 @@ def _serve(case_target: Target, samples_of, indices, folder: Path, out: int) -> 
             outcome = Outcome("touched", watch.found)
         elif peak - had > MEMORY_BYTES and not outcome.is_finding:
             outcome = Outcome("memory", f"{(peak - had) >> 20} MiB for {sum(map(len, sample.files)) >> 10} KiB")
-        os.write(out, json.dumps([index, outcome.kind, outcome.detail]).encode() + b"\n")
+        os.write(ended, json.dumps([index, outcome.kind, outcome.detail]).encode() + b"\n")
+        at[:8] = NO_CASE
         if peak - had > MEMORY_BYTES:
             return  # the peak stays in the books of this process
         os.chdir("/")
@@ -283,52 +308,32 @@ def outcomes(case_target: Target, sample_of: Callable[[int], Sample], indices) -
 
 
 def _one_process(case_target, sample_of, indices, folder) -> dict[int, Outcome]:
-    receive, send = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(receive)
-        status = 1
-        try:
-            _serve(case_target, sample_of, indices, folder, send)
-            status = 0
-        except BaseException:
-            os.write(send, json.dumps(["harness", traceback.format_exc()]).encode() + b"\n")
-        finally:
-            os._exit(status)
-    os.close(send)
-    ended: dict[int, Outcome] = {}
-    started, text, hung, since = None, b"", False, None
-    try:
-        while True:
-            if not select.select([receive], [], [], 1)[0]:
-                now = _asleep(pid)
-                since = since if now and since and now == since[0] else (now, time.monotonic())
-                if now and time.monotonic() - since[1] > WAIT_SECONDS:
-                    hung = True
-                    break
-                continue
-            since = None
-            block = os.read(receive, 1 << 16)
-            if not block:
-                break
-            *lines, text = (text + block).split(b"\n")
-            for line in lines:
-                value = json.loads(line)
-                if isinstance(value, int):
-                    started = value
-                elif value[0] == "harness":
-                    raise RuntimeError(value[1])
-                else:
-                    ended[value[0]], started = Outcome(*value[1:]), None
-    finally:
-        os.close(receive)
-        for stop in (lambda: os.killpg(pid, signal.SIGKILL), lambda: os.kill(pid, signal.SIGKILL)):
+    at = mmap.mmap(-1, mmap.PAGESIZE)
+    at[:8] = NO_CASE
+    lives, until_death = os.pipe()
+    with tempfile.TemporaryFile(dir=folder.parent) as lines:
+        pid = os.fork()
+        if pid == 0:
+            os.close(lives)
+            status = 1
             try:
-                stop()
-            except OSError:
-                pass
-        _pid, status = os.waitpid(pid, 0)
-    if started is not None:
+                _serve(case_target, sample_of, indices, folder, at, lines.fileno())
+                status = 0
+            except BaseException:
+                os.write(lines.fileno(), json.dumps(["harness", traceback.format_exc()]).encode() + b"\n")
+            finally:
+                os._exit(status)
+        os.close(until_death)
+        status, hung = _wait(pid, lives)
+        lines.seek(0)
+        ended: dict[int, Outcome] = {}
+        for line in lines:
+            index, *outcome = json.loads(line)
+            if index == "harness":
+                raise RuntimeError(outcome[0])
+            ended[index] = Outcome(*outcome)
+    (started,) = struct.unpack("<q", at[:8])
+    if started >= 0 and started not in ended:
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         if hung or number == signal.SIGPROF:
             ended[started] = Outcome("time", "waits for ever" if hung else f"more than {CPU_SECONDS} s of work")
@@ -336,6 +341,33 @@ def _one_process(case_target, sample_of, indices, folder) -> dict[int, Outcome]:
             name = signal.Signals(number).name if number else f"exit {os.WEXITSTATUS(status)}"
             ended[started] = Outcome("crash", name)
     return ended
+
+
+def _wait(pid: int, lives: int) -> tuple[int, bool]:
+    """(the process's status, whether it waited for ever), when it and its children are gone. lives: the end of a pipe
+    of which it holds the other."""
+    since = None
+    status, hung = None, False
+    try:
+        while status is None and not hung:
+            if select.select([lives], [], [], 1)[0]:
+                status = os.waitpid(pid, 0)[1]
+                break
+            gone, ended = os.waitpid(pid, os.WNOHANG)  # a child of its own may hold the pipe
+            if gone:
+                status = ended
+                break
+            now = _asleep(pid)
+            since = since if now and since and now == since[0] else (now, time.monotonic())
+            hung = bool(now) and time.monotonic() - since[1] > WAIT_SECONDS
+    finally:
+        os.close(lives)
+        for stop in (lambda: os.killpg(pid, signal.SIGKILL), lambda: status is None and os.kill(pid, signal.SIGKILL)):
+            with contextlib.suppress(OSError):
+                stop()
+        if status is None:
+            status = os.waitpid(pid, 0)[1]
+    return status, hung
 
 
 def _asleep(pid: int):
@@ -436,7 +468,7 @@ def replay(path: Path) -> Outcome:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?", default="all", help="a target's name, or all")
-    parser.add_argument("--cases", type=int, default=2000, help="cases a target")
+    parser.add_argument("--cases", type=int, default=2000, help="cases a target, of most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--replay", type=Path, help="a kept finding")
@@ -452,18 +484,26 @@ def main() -> int:
         return 0
     if options.target != "all" and options.target not in known:
         parser.error(f"target {options.target!r}: choose from all, {', '.join(known)}")
-    found = 0
-    for name, one in known.items():
-        if options.target in ("all", name):
-            began = time.perf_counter()
-            tally = fuzz(one, options.cases, options.seed, options.first, FINDINGS)
-            findings = tally.pop("findings")
-            counts = ", ".join(f"{number} {kind}" for kind, number in sorted(tally.items()))
-            print(f"{name}: {counts}; {time.perf_counter() - began:.1f} s", flush=True)
-            for signature, where in findings.items():
-                print(f"  {signature}: {where}", flush=True)
-            found += len(findings)
+    # A process a core takes the next target; ranks of torch's own threads would take the cores from each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    names = list(known) if options.target == "all" else [options.target]
+    found, cases, began = 0, 0, time.perf_counter()
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as lanes:
+        for line, count, findings in lanes.map(partial(_one_target, options), names):
+            print(line, *findings, sep="\n  ", flush=True)
+            found, cases = found + len(findings), cases + count
+    print(f"{cases} cases of {len(names)} targets, {found} findings; {time.perf_counter() - began:.1f} s")
     return int(found > 0)
+
+
+def _one_target(options, name: str) -> tuple[str, int, list]:
+    """(what became of its cases, how many they were, a line for each finding)."""
+    began, target_ = time.perf_counter(), TARGETS[name]
+    count = max(1, round(options.cases * target_.weight))
+    tally = fuzz(target_, count, options.seed, options.first, FINDINGS)
+    findings = [f"{signature}: {where}" for signature, where in tally.pop("findings").items()]
+    counts = ", ".join(f"{number} {kind}" for kind, number in sorted(tally.items()))
+    return f"{name}: {counts}; {time.perf_counter() - began:.1f} s", count, findings
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@ A command ends with status 0, or with another one and a single line `error: ...`
 from __future__ import annotations
 
 import concurrent.futures.process  # noqa: F401
-import importlib
+import contextlib
+import importlib.util
 import io
 import logging
 import multiprocessing.popen_fork  # noqa: F401  (what a case without rights cannot import)
 import os
+import pickle
 import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from unittest import mock
 
 import torch
@@ -23,6 +26,7 @@ from targets import data as sets
 from targets import deploy
 from targets.data import image, written
 
+from data.images import contact_sheet
 from runtime.errors import LINE_LENGTH, UserError
 
 
@@ -45,10 +49,13 @@ def run(module: str, folder) -> None:
         status = 0
     except SystemExit as ended:
         status = ended.code
+    except _Accepted:
+        return
     finally:
         sys.argv = before
-        os.environ.clear()
-        os.environ.update(environment)
+        if os.environ != environment:
+            os.environ.clear()
+            os.environ.update(environment)
         logging.getLogger().handlers[:] = handlers
         logging.getLogger().setLevel(level)
         for number, handler in signals.items():
@@ -63,11 +70,15 @@ def run(module: str, folder) -> None:
         raise _Ended(errors[0])
 
 
-def command(name: str, module: str, samples, weight: float = 0.1):
-    """Enters a target called `name` for the command `python -m module`."""
+def command(name: str, module: str, samples, weight: float = 0.5, **instead):
+    """Enters a target called `name` for the command `python -m module`. instead: {"module__function": what a case
+    calls in its place}: what takes long and sees nothing of a file."""
 
     def read(folder):
-        run(module, folder)
+        with contextlib.ExitStack() as stack:
+            for place, stand_in in instead.items():
+                stack.enter_context(mock.patch(place.replace("__", "."), stand_in))
+            run(module, folder)
 
     read.__name__ = name
     target(samples, weight=weight, names_paths=True)(read)
@@ -79,12 +90,22 @@ def one(files: dict, *arguments: str) -> Sample:
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
-FACES = {f"people/{name}/{i}.png": image(i, "PNG") for name in ("Ann", "Bo", "Cy") for i in range(3)}
+FACES = {f"people/{name}/{i}.jpg": image(i, quality=20) for name in ("Ann", "Bo") for i in range(2)}
 
 
 def _set() -> dict:
     """train.rec, and lfw.bin of two pairs."""
     return {**sets._records()[0], **sets._bins()[0]}
+
+
+class _Accepted(Exception):
+    """What comes now is the work itself."""
+
+
+def _no_face(_person, _seed, _stream, number: int, image_number: int, _size: int) -> bytes:
+    if number > 100 or image_number > 100:
+        raise _Accepted
+    return image(0)
 
 
 command(
@@ -94,13 +115,16 @@ command(
         one({}, "--output=set", "--identities=2", "--images_per_identity=1", "--verify_identities=2",
             "--verify_images=2", "--pairs=20", "--seed=1")
     ],
-    weight=0.02,
+    data__synthetic___jpeg=_no_face,
 )  # fmt: skip
 command("prepare_data", "tools.prepare_data", lambda: [one(_set(), "--rec_path=.", "--output=out")])
-command("contact_sheet", "tools.contact_sheet", lambda: [one(_set(), "--data_path=.", "--output=sheet.png")])
+command(
+    "contact_sheet", "tools.contact_sheet", lambda: [one(_set(), "--data_path=.", "--output=sheet.png")],
+    tools__contact_sheet__contact_sheet=partial(contact_sheet, cols=2),
+)  # fmt: skip
 command(
     "inspect_dataset", "tools.inspect_dataset", lambda: [one(_set(), "--data_path=.", "--workers=1", "--output=out")],
-    weight=0.02,
+    tools__inspect_dataset__save_plot=lambda counts, path: path.write_bytes(b""),
 )  # fmt: skip
 command(
     "images_2_recordio",
@@ -152,7 +176,7 @@ def _directory() -> dict:
     return written(write)
 
 
-command("reshard", "checkpoint.reshard", lambda: [one(_directory(), "all", "a.pth")], weight=0.05)
+command("reshard", "checkpoint.reshard", lambda: [one(_directory(), "all", "a.pth")])
 command(
     "process_distfc",
     "plsc.utils.process_distfc_parameter",
@@ -166,15 +190,10 @@ command(
         one({}, "--classes=1e6", "--world_size=8", "--batch_size=128", "--sample_rate=0.1", "--device_memory=80GiB",
             "--host_memory=1e11", "--reserve=0", "--embedding_size=512", "--checkpoint=pth")
     ],
-    weight=0.3,
 )  # fmt: skip
 
 
 # --- train and evaluate, as far as the first device: from there on it is training -------------------------------------
-
-
-class _Accepted(Exception):
-    pass
 
 
 def _options_only(name: str, samples) -> None:
@@ -184,13 +203,10 @@ def _options_only(name: str, samples) -> None:
     def read(folder):
         # what comes after the options would be the work itself
         with mock.patch("runtime.device.parse_device", side_effect=_Accepted):
-            try:
-                run(name, folder)
-            except _Accepted:
-                pass
+            run(name, folder)
 
     read.__name__ = f"{name}_options"
-    target(samples, prepare, 0.3, names_paths=True)(read)
+    target(samples, prepare, 0.5, names_paths=True)(read)
 
 
 _options_only(
@@ -208,3 +224,51 @@ _options_only(
         one(_set(), "--data_path=.", "--pth_path=a.pth", "--val_targets=lfw", "--flip_sum", "--eval_batch_size=3"),
     ],
 )
+
+
+# --- deploy, without the server itself --------------------------------------------------------------------------------
+
+if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+    from tiny_deploy import RedFaces
+
+    def _model() -> dict:
+        return deploy._models()[0]
+
+    def _photos() -> dict:
+        """A face of Ann and one of Bo, as RedFaces finds them."""
+        from tiny_deploy import picture
+        from tiny_server import png
+
+        return {
+            f"photos/{name}/1.png": png(picture(colour)) for name, colour in (("Ann", (9, 90, 9)), ("Bo", (9, 9, 90)))
+        }
+
+    def _pairs() -> bytes:
+        return pickle.dumps(([image(i, quality=10) for i in range(8)], [True, False, False, True]), 4)
+
+    command(
+        "calibrate", "tools.calibrate",
+        lambda: [one({**_model(), "lfw.bin": _pairs()}, "--model=m.onnx", "--pairs=lfw.bin", "--far=0.5",
+                     "--device=cpu", "--channel_order=rgb", "--output=out.onnx")],
+    )  # fmt: skip
+    command(
+        "demo", "deploy.demo",
+        lambda: [
+            one({**_model(), **_photos()}, "--rec", "--rec_model=m.onnx", "--build_index=people.db",
+                "--img_dir=photos", "--use_gpu=False", "--det_thresh=0.8"),
+            one({**_model(), **_photos(), **deploy._galleries()[2]}, "--det", "--input=photos/Ann/1.png",
+                "--output=out", "--cdd_num=5", "--max_batch_size=1", "--rec_thresh=0.4", "--like_original"),
+        ],
+        deploy__demo__open_detector=lambda *_: RedFaces(),
+    )  # fmt: skip
+
+    def _serving(*_):
+        raise _Accepted
+
+    command(
+        "server", "deploy.server",
+        lambda: [one(_model(), "--model=m.onnx", "--device=cpu", "--port=0", "--workers=1", "--threads=1",
+                     "--no_detect", "--gallery=people.db", "--storage=int8", "--threshold=1.2", "--token=word",
+                     "--max_body=100000", "--max_images=4", "--timeout=5", "--batch=8")],
+        deploy__server__serve=_serving,
+    )  # fmt: skip

@@ -245,7 +245,7 @@ def _embeddings() -> list:
     return [{"embeddings.npy": out.getvalue(), "same.json": json.dumps([True, False] * 5).encode()}]
 
 
-@target(_embeddings, weight=0.5)
+@target(_embeddings)
 def protocol(folder):
     """Not a file format: what a model puts out and a set says, through a file so that it can be mutated."""
     from verify.protocol import evaluate_pairs

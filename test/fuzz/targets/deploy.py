@@ -40,7 +40,7 @@ def _galleries() -> list:
     return [written(make), bank, {"index.bin": index}, {"facebank.npz": out.getvalue()}]
 
 
-@target(_galleries, weight=0.5)
+@target(_galleries)
 def gallery(folder):
     from deploy.gallery import open_gallery
 
@@ -110,7 +110,7 @@ def _records() -> list:
     return [{"aligned/align.jsonl": 2 * (json.dumps(line) + "\n").encode(), "photos/a.jpg": image(0)}]
 
 
-@target(_records, weight=0.3)
+@target(_records)
 def align_record(folder):
     from unittest import mock
 
@@ -129,10 +129,46 @@ if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
 
         return [written(lambda folder: tiny_onnx(folder / "m.onnx"))]
 
-    @target(_models, weight=0.2)
+    @target(_models)
     def onnx_model(folder):
         from deploy.backends import OnnxRecognizer
 
         recognizer = OnnxRecognizer(folder / "m.onnx", threads=1)
         if recognizer.size <= 224:
             recognizer.embed(np.zeros((1, recognizer.size, recognizer.size, 3), np.uint8))
+
+    def _detector_file(path, outputs: list, side=32) -> None:
+        """An ONNX detector that finds nothing: outputs (name, places, width), all zero."""
+        import onnx
+
+        helper, numpy_helper, kind = onnx.helper, onnx.numpy_helper, onnx.TensorProto.FLOAT
+        x = helper.make_tensor_value_info("x", kind, [1, 3, side, side])
+        nodes, infos, constants = [helper.make_node("ReduceMean", ["x"], ["mean"], keepdims=0)], [], []
+        for name, places, width in outputs:
+            constants.append(numpy_helper.from_array(np.zeros((1, places, width), np.float32), f"zeros_{name}"))
+            nodes.append(helper.make_node("Mul", ["mean", f"zeros_{name}"], [name]))
+            infos.append(helper.make_tensor_value_info(name, kind, [1, places, width]))
+        graph = helper.make_graph(nodes, "detector", [x], infos, constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        path.write_bytes(model.SerializeToString())
+
+    def _detectors() -> list:
+        places = {stride: (32 // stride) ** 2 for stride in (8, 16, 32)}
+        widths = {"cls": 1, "obj": 1, "bbox": 4, "kps": 10}
+        layouts = [
+            [(f"{part}_{s}", n, widths[part]) for part in widths for s, n in places.items()],
+            [
+                (f"{part}{s}", 2 * n, width)
+                for part, width in (("a", 1), ("b", 4), ("c", 10))
+                for s, n in places.items()
+            ],
+            [(str(width), 2 * sum(places.values()), width) for width in (4, 2, 10)],
+        ]
+        return [written(lambda folder, one=one: _detector_file(folder / "m.onnx", one)) for one in layouts]
+
+    @target(_detectors)
+    def onnx_detector(folder):
+        from deploy.detection import open_detector
+
+        faces = open_detector(folder / "m.onnx", 0.5).detect(np.zeros((40, 30, 3), np.uint8))
+        assert faces.boxes_N4.shape == (len(faces), 4) and faces.points_N52.shape == (len(faces), 5, 2)

@@ -20,18 +20,18 @@ if SHARED.is_dir():
             _files("golden/mxnet_recordio", "train.rec", "train.idx", "property"),
             _files("real/adaface_mini_rec", "train.rec", "train.idx"),
         ],
-        weight=0.3,
+        weight=0.1,
     )
     def recordio_real(folder):
         from data import open_dataset
 
         use(open_dataset(folder))
 
-    @target(lambda: [_files("real/tipc", "small_lfw.bin")], weight=0.3)
+    @target(lambda: [_files("real/tipc", "small_lfw.bin")], weight=0.1)
     def pairs_bin_real(folder):
         _use_pairs(folder / "small_lfw.bin")
 
-    @target(lambda: [_files("real/friends", "index.bin")], weight=0.3)
+    @target(lambda: [_files("real/friends", "index.bin")], weight=0.1)
     def index_bin_real(folder):
         from deploy.gallery import read_index_bin
 
