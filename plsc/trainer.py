@@ -97,6 +97,8 @@ class Trainer(FolderAPass, Learner):
 
     def _set_head(self, weight, bias) -> None:
         """Initial values, decay, and what the rate is multiplied with, of W and of b."""
+        if weight is None and bias is None:
+            return
         centers, dim = self.head.centers, self.head.embedding_size
         if bias is not None and not self.head.bias:
             raise ConfigError("set_distfc_attr: arcface has no b: leave bias_attr out, or use softmax")
