@@ -280,10 +280,13 @@ def search(entries: int, dimension: int) -> list:
     from deploy.gallery import SearchIndex
     from runtime import host
 
+    block_ND = np.random.default_rng(0).standard_normal((100_000, dimension), dtype=np.float32)
+    block_ND /= np.linalg.norm(block_ND, axis=1, keepdims=True)
+
     def vectors(first: int) -> np.ndarray:
-        rng = np.random.default_rng(first)
-        made_ND = rng.standard_normal((min(100_000, entries - first), dimension), dtype=np.float32)
-        return made_ND / np.linalg.norm(made_ND, axis=1, keepdims=True)
+        # others of the block's by other places and signs of their numbers: drawing ten million takes minutes
+        signs_D = np.random.default_rng(first).choice(np.float32([-1, 1]), dimension)
+        return np.roll(block_ND[: entries - first], first // len(block_ND), axis=1) * signs_D
 
     asked = np.random.default_rng(-1 % 2**32).standard_normal((32, dimension)).astype(np.float32)
     asked /= np.linalg.norm(asked, axis=1, keepdims=True)

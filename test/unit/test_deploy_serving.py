@@ -244,6 +244,16 @@ def test_what_waits_is_computed_together_and_an_idle_model_waits_for_nobody():
     batcher.close()
 
 
+def test_the_answers_are_the_same_whether_faces_are_gathered_or_not(server, monkeypatch):
+    """As a checkpoint is served: its faces wait for one another, those of an ONNX file do not."""
+    images = face(ANN), png(picture(BOB, ANN)), png(np.zeros((50, 50, 3), np.uint8))
+    alone = server.post("/v1/embed", *images)
+    batcher = Batcher(server.engine.recognizer.embed, most=2)
+    monkeypatch.setattr(server.engine, "compute", batcher.submit)
+    assert server.post("/v1/embed", *images) == alone and alone[0] == 200
+    batcher.close()
+
+
 def test_a_failure_reaches_all_who_wait_and_the_full_queue_says_so():
     batcher = Batcher(lambda rows: 1 / 0, capacity=3)
     assert isinstance(batcher.submit(np.ones((2, 1))).exception(20), ZeroDivisionError)
