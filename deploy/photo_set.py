@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import format_of
+from data.folder import class_names
 from data.images import image_size, read_file
 from deploy.alignment import SIZE, align_faces
 from deploy.detection import open_detector
@@ -92,9 +93,9 @@ def unaligned(folder) -> bool:
     folder = Path(folder)
     if not folder.is_dir() or format_of(folder) not in (None, "folders", "label.txt"):
         return False
-    people = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()][:100]
-    photos = [one for person in people for one in sorted(person.iterdir()) if one.suffix.lower() in SUFFIXES]
-    first = list({one.parent: one for one in reversed(photos)}.values())
+    people = [folder / name for name in class_names(folder)[:100]]
+    photos = [[one for one in sorted(person.iterdir()) if one.suffix.lower() in SUFFIXES] for person in people]
+    first = [of_one[0] for of_one in photos if of_one]
     return len(first) > 1 and not all(_is_aligned(one) for one in first)
 
 
