@@ -27,6 +27,7 @@ from deploy.alignment import align_faces
 from deploy.backends import load_recognizer
 from deploy.detection import open_detector
 from deploy.photos import list_photos, read_photo
+from runtime.device import parse_device
 from verify.protocol import evaluate_pairs
 
 CAME = "as they came"
@@ -103,8 +104,8 @@ def main(argv=None) -> None:
             rows[name].update(of_people(recognizer, detector, options.people, stretched))
         print(json.dumps({name: rows[name]}), flush=True)
         command = "python -m benchmark.alignment --model MODEL --pairs PAIRS --people PEOPLE --det_model MTCNN_OR_FILES"
-        write_record("alignment", {"model": Path(options.model).name, "rows": rows}, folder=options.results,
-                     command=command)  # fmt: skip
+        content = {"model": Path(options.model).name, "rows": rows}
+        write_record("alignment", content, parse_device("cpu"), options.results, command)
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def run(row: str, seed: int, options, dataset) -> dict:
 
 
 def table(runs: list) -> str:
-    lines = ["| options | TAR at FAR 1e-3, other photos of the 20 | of 30 other people |", "|---|---|---|"]
+    lines = ["| options | TAR at FAR 1e-3, other photos of the 20 | of 30 other people | seeds |", "|---|---|---|---|"]
     for row in ROWS:
         found = [one for one in runs if one["row"] == row]
         if found:
@@ -223,7 +223,7 @@ def table(runs: list) -> str:
             for name in ("own", "others"):
                 values = [one[name] for one in found]
                 cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-            lines.append(f"| {row} | {' | '.join(cells)} |")
+            lines.append(f"| {row} | {' | '.join(cells)} | {len(found)} |")
     return "\n".join(lines)
 
 
