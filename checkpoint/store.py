@@ -5,7 +5,7 @@ A file of ours is a dict of tensors and plain Python values, in the schema `mode
 
 Reading takes two passes. The first (safe_pickle) refuses whatever is not a tensor or plain data, and sizes that the
 file does not hold; nothing of the file has run or been allocated by then, and the verdict is the same under every
-torch. The second pass is torch's own loader.
+torch. The second pass is torch's own loader. What it has read is held against the file's own checksum (content).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoint import safe_pickle
+from checkpoint import content, safe_pickle
 from runtime.errors import CheckpointError, DamagedCheckpoint
 from runtime.files import atomic_file, left_over
 
@@ -45,7 +45,7 @@ def save_pth(path, state: dict) -> None:
     _check_plain(state, "")
     with atomic_file(path, CheckpointError) as file:
         quiet = _QuietFile(file)
-        torch.save(_on_host(state), quiet)
+        torch.save(content.with_checksum(_on_host(state)), quiet)
         if quiet.error is not None:
             raise quiet.error
 
@@ -123,7 +123,8 @@ def load_pth(path, map_location="cpu") -> Any:
             log.info("%s: of its config only plain values and paths are read", path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the source code of the classes that stand-ins replace
-            return torch.load(file, map_location=map_location, **safe_pickle.loader(names))
+            state = torch.load(file, map_location=map_location, **safe_pickle.loader(names))
+    return content.verified(state, path)
 
 
 @contextmanager

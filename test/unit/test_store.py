@@ -17,7 +17,7 @@ import easydict
 import pytest
 import torch
 
-from checkpoint import safe_pickle, store
+from checkpoint import content, safe_pickle, store
 from runtime.errors import CheckpointError
 from runtime.files import atomic_file
 
@@ -75,7 +75,8 @@ def test_the_file_is_for_torchs_safe_loader(tmp_path):
         pytest.skip("torch before 1.13 has no weights_only")
     state = small_state()
     store.save_pth(tmp_path / "a.pth", state)
-    assert same(torch.load(tmp_path / "a.pth", weights_only=True), state)
+    loaded = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert len(loaded.pop("sha256")) == 64 and same(loaded, state)
 
 
 def test_files_from_before_torch_1_6_load(tmp_path):
@@ -155,8 +156,8 @@ def test_missing_empty_folder_and_foreign_files(tmp_path):
     assert "is a folder" in error_of(tmp_path)
     os.mkfifo(tmp_path / "pipe.pth")  # nobody writes to it: opening it would wait for ever
     assert "no plain file" in error_of(tmp_path / "pipe.pth")
-    for content, words in [(b"", "cut off"), (b"hello, world", "no file of torch"), (b"\x80\x02K\x01.", "not torch's")]:
-        (tmp_path / "a.pth").write_bytes(content)
+    for data, words in [(b"", "cut off"), (b"hello, world", "no file of torch"), (b"\x80\x02K\x01.", "not torch's")]:
+        (tmp_path / "a.pth").write_bytes(data)
         assert words in error_of(tmp_path / "a.pth")
     with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
         archive.writestr("readme.txt", "hello")
@@ -213,6 +214,49 @@ def test_no_flipped_bit_in_the_zips_headers_changes_a_number(tmp_path):
         except CheckpointError:
             refused += 1
     assert refused > len(spots) / 3
+
+
+def test_no_flipped_bit_at_all_changes_what_is_loaded(tmp_path):
+    """One bit of every byte of the directory, the pickle and the numbers; the padding between holds nothing."""
+    path, state = tmp_path / "a.pth", {"w": torch.arange(3.0).half(), "n": {"lr": 0.5, "name": "ir", "k": (1, None)}}
+    store.save_pth(path, state)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        pickle_ = next(entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+        spots = {*range(pickle_.header_offset + 130 + pickle_.file_size), *range(archive.start_dir, len(whole))}
+    at, refused = whole.index(state["w"].numpy().tobytes()), 0
+    for spot in sorted({*spots, *range(at, at + 6)}):
+        damaged = bytearray(whole)
+        damaged[spot] ^= 1 << spot % 8
+        path.write_bytes(damaged)
+        try:
+            assert same(store.load_pth(path), state), spot
+        except CheckpointError:
+            refused += 1
+    assert refused > pickle_.file_size
+
+
+@pytest.mark.parametrize("inside, other", [(b"\0\x3c", b"\0\x3d"), (b"name", b"mane")])
+def test_what_was_changed_with_its_zip_checksum_is_found(tmp_path, inside, other):
+    state = {"w": torch.ones(2, dtype=torch.half), "config": {"name": "ir"}}
+    store.save_pth(tmp_path / "a.pth", state)
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive, zipfile.ZipFile(tmp_path / "b.pth", "w") as changed:
+        for entry in archive.infolist():
+            changed.writestr(entry.filename, archive.read(entry).replace(inside, other))
+    assert "not what was saved" in error_of(tmp_path / "b.pth")
+
+
+def test_the_checksum_is_of_numbers_names_and_kinds_not_of_their_place(tmp_path):
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor(1j)}
+    whole = content.checksum(state)
+    assert whole == content.checksum({"a": state["a"].repeat(2, 1)[:2], "b": state["b"].clone(), "c": state["c"]})
+    others = [{"a": state["a"].t()}, {"a": state["a"] + 0 * 1e-30}, {"A": state["a"]}, {"a": state["a"].double()}]
+    others += [{"a": state["a"].reshape(3, 2)}, {"a": [1]}, {"a": (1,)}, {"a": True}, {"a": 1}, {"a": "1"}]
+    assert len({content.checksum(other) for other in others}) == len(others)
+    wide = torch.arange(float(3 << 22)).reshape(3, 1 << 22)  # more than one block
+    changed = wide.clone()
+    changed[2, -1] += 1
+    assert content.checksum(wide.t()) != content.checksum(changed.t()) == content.checksum(changed.clone().t())
 
 
 def test_a_record_marked_as_a_folder_is_refused(tmp_path):

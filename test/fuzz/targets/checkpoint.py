@@ -79,11 +79,15 @@ def _learner():
 
 
 def _trainings() -> list:
+    from checkpoint import store
+
     learner = _learner()
 
     def save(folder):
         learner.checkpoints.models = folder
-        learner.save().rename(folder / "a.pth")
+        path = learner.save()
+        torch.save(store.load_pth(path), folder / "a.pth")  # without the checksum, which would refuse every case
+        path.unlink()
 
     return [written(save)]
 
