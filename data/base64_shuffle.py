@@ -139,12 +139,15 @@ def _divide(piece: _Piece, folder: Path, buckets: int, seed: int, label_first: b
     entries["key"], entries["length"] = keys, lengths
     packed = memoryview(entries.tobytes())
     counts, sizes = np.diff(firsts), np.diff(places[firsts])
+    firsts, places = firsts.tolist(), places[firsts].tolist()
     for bucket in np.flatnonzero(counts).tolist():
-        first, stop = firsts[bucket], firsts[bucket + 1]
         head = struct.pack(_HEAD, counts[bucket], sizes[bucket])
-        with open(folder / f"bucket_{bucket}", "ab", buffering=0) as file:  # in one write: others append to it too
-            mine = packed[first * _ENTRY.itemsize : stop * _ENTRY.itemsize]
-            _write_all(file.fileno(), [head, mine, out[places[first] : places[stop]]])
+        mine = packed[firsts[bucket] * _ENTRY.itemsize : firsts[bucket + 1] * _ENTRY.itemsize]
+        descriptor = os.open(f"{folder}/bucket_{bucket}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:  # in one write: others append to it too
+            _write_all(descriptor, [head, mine, out[places[bucket] : places[bucket + 1]]])
+        finally:
+            os.close(descriptor)
     return counts, sizes
 
 
