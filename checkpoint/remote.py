@@ -374,8 +374,10 @@ def _files(path: Path) -> list:
 # --- down ------------------------------------------------------------------------------------------------------------
 
 
-def download(store: Store, folder, give_up_s: float = 300.0, first_wait_s: float = 1.0) -> Path:
+def download(store: Store, folder, give_up_s: float = 300.0, first_wait_s: float = 1.0, above: int = -1) -> Path | None:
     """Brings the newest whole checkpoint of the store's folder into the local `folder`; its path there.
+
+    above: only one of a higher step; None comes back, and nothing down, where there is none.
 
     The newest is the one of the highest step, and the last saved of those: names begin anew with each fresh disk. Where
     nothing has a manifest (files that somebody put there), all of them come, and `folder` is returned. Files that are
@@ -409,6 +411,8 @@ def download(store: Store, folder, give_up_s: float = 300.0, first_wait_s: float
         raise EmptyStore(f"{store.url}: holds no files: check the address")
     _make_folder(folder, folder)
     manifests = {name for name in sizes if name.endswith(MANIFEST)}
+    if not manifests and above >= 0:
+        return None
     if not manifests:
         fetch({name: (size, None) for name, size in sizes.items()})
         return folder
@@ -420,6 +424,9 @@ def download(store: Store, folder, give_up_s: float = 300.0, first_wait_s: float
         except DamagedCheckpoint as error:
             log.warning("skipped %s", error)
             problems.append(error)
+    found = [one for one in found if one[0] > above]
+    if above >= 0 and not found:
+        return None
     for _step, _time, files, name in sorted(found, key=lambda one: (one[:2], one[3]), reverse=True):
         try:
             fetch(files)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -18,6 +18,9 @@ from runtime.dist import ALONE, World
 from runtime.errors import CheckpointError, DamagedCheckpoint
 
 log = logging.getLogger(__name__)
+
+
+OWN_PATIENCE_S = 30.0  # with a store that is away, where there is a checkpoint here to go on from
 
 
 class Restored(NamedTuple):
@@ -201,17 +204,26 @@ class Checkpoints:
         return Restored(path, state, None if local is None else local["rng"])
 
     def _newest_first(self) -> list[Path]:
-        """The newest whole checkpoint of each kind, as rank 0 sees them, on every rank. What was downloaded counts
-        where there is none of this run's own: uploads follow what is saved here."""
+        """The newest whole checkpoint of each kind, as rank 0 sees them, on every rank; before them what came from the
+        store, which is newer."""
         found = []
         if self._world.is_main:
             found = [store.newest(self.models), sharded.newest(self.sharded)]
-            if not any(found) and self._fetched is not None:
-                fetched = self._fetched
-                found = [fetched] if fetched != self.downloaded else [store.newest(fetched), sharded.newest(fetched)]
-            found = [path for path in found if path is not None]
-            found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+            found = sorted(filter(None, found), key=lambda path: path.stat().st_mtime, reverse=True)
+            fetched = self._fetched
+            if fetched is not None:
+                whole = [fetched] if fetched != self.downloaded else [store.newest(fetched), sharded.newest(fetched)]
+                found = [*filter(None, whole), *found]
         return self._world.all_gather_object(found)[0]
+
+    def _own_step(self) -> int:
+        """How far the newest checkpoint here is, as rank 0 sees it; -1 where there is none."""
+        steps = [-1]
+        if self._world.is_main:
+            for path in filter(None, (store.newest(self.models), sharded.newest(self.sharded))):
+                with suppress(CheckpointError, ValueError):  # `restore` says what is wrong with it, on every rank
+                    steps.append(_step(path))
+        return self._world.all_gather_object(max(steps))[0]
 
     def _anything(self) -> bool:
         """Whether there are any checkpoints, whole or not."""
@@ -221,17 +233,22 @@ class Checkpoints:
     # --- the remote store --------------------------------------------------------------------------------------------
 
     def download(self, folder: str, may_be_empty: bool) -> None:
-        """Brings the store's checkpoints here, once a machine, unless there are some of this run's own.
+        """Brings the store's newest checkpoint here, once a machine, unless this run's own is as new.
 
-        Raises CheckpointError, on all ranks, if the store stays away, or holds nothing and may not be empty."""
-        error = None
-        if not self._newest_first() and self._world.local_rank == 0:
+        Raises CheckpointError, on all ranks, if the store stays away, or holds nothing and may not be empty; with a
+        checkpoint of its own a run goes on from that, with a warning."""
+        error, own = None, self._own_step()
+        if self._world.local_rank == 0:
+            patience = {"above": own, "give_up_s": OWN_PATIENCE_S} if own >= 0 else {}
             try:
-                self._fetched = remote.download(self._store(folder), self.downloaded)
+                self._fetched = remote.download(self._store(folder), self.downloaded, **patience)
             except remote.EmptyStore as empty:
-                error = None if may_be_empty else str(empty)
+                error = None if may_be_empty or own >= 0 else str(empty)
             except CheckpointError as failed:
                 error = str(failed)
+                if own >= 0:
+                    log.warning("%s; goes on from the checkpoint here, of step %d", error, own)
+                    error = None
         errors = [one for one in self._world.all_gather_object(error) if one]
         if errors:
             raise CheckpointError(errors[0])
@@ -239,6 +256,15 @@ class Checkpoints:
     def _store(self, folder: str) -> remote.Store:
         url = f"{self._fs_name.rstrip('/')}/{folder.strip('/')}"
         return remote.Store(url, self._fs_ugi or os.environ.get("FS_UGI", ""))
+
+
+def _step(path: Path) -> int:
+    """How far a checkpoint of ours is."""
+    if path.is_dir():
+        return int(path.name.rpartition("_")[2])
+    state = store.load_pth(path)
+    schema.check(state, schema.TRAINING_PTH, path)
+    return state["training"]["step"]
 
 
 def _checked(meta: dict, kinds: dict = schema.TRAINING):

@@ -65,12 +65,17 @@ def test_another_machine_goes_on_from_the_store(base, tmp_path, checkpoint, monk
         assert torch.equal(value, second.backbone.state_dict()[name]), name
     for name in ("weight", "momentum"):
         assert torch.equal(first.head.local_state()[name], second.head.local_state()[name])
-    # with checkpoints of its own, the run goes on from those and asks the store for nothing
+    # a machine that still has the first checkpoint takes the store's newer one
     second.train()
-    third = Learner.from_config(
-        replace(base, fs_name="webhdfs://127.0.0.1:9", fs_checkpoint_dir="runs/one", resume="auto")
-    )
-    assert third.progress.step == 6
+    older = replace(base, work_path=str(tmp_path / "older"), fs_dir_for_save="", resume="auto")
+    Learner.from_config(older).train()
+    third = Learner.from_config(replace(older, fs_checkpoint_dir="runs/one"))
+    assert third.progress.step == 6 and "downloaded" in str(third.resumed)
+    # and one with the newest goes on from that, also where the store is away
+    monkeypatch.setattr("checkpoint.run.OWN_PATIENCE_S", 0.0)
+    for away in (base.fs_name, "webhdfs://127.0.0.1:9"):
+        fourth = Learner.from_config(replace(base, fs_name=away, fs_checkpoint_dir="runs/one", resume="auto"))
+        assert fourth.progress.step == 6 and "downloaded" not in str(fourth.resumed)
 
 
 def test_an_empty_store_is_an_error_unless_a_new_start_is_asked_for(base):
