@@ -75,7 +75,7 @@ if [ -n "$photos" ]; then
     epochs=$((epochs < 40 ? epochs : 40))
     small=("--batch_size=$((images < 32 ? images : 32))")
     if [ -n "$pth_path" ]; then
-        launcher=train_finetune_1p small+=(--is_finetune=true --lr=0.01 --epochs=5 --milestones=3)
+        launcher=train_finetune_1p small+=(--is_finetune=true --lr=0.01 --lr_decay_by_part=0.5 --epochs=5 --milestones=3)
     else
         small+=("--epochs=$epochs" "--milestones=$((epochs * 2 / 3)),$((epochs * 5 / 6))")
     fi

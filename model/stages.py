@@ -34,6 +34,9 @@ def parts_of(backbone: nn.Module) -> dict[str, int]:
                 else _STAGE_OF_WIDTH[width[name.split(".")[1]]] for name in state}  # fmt: skip
     if "conv_23" in first:
         return {name: _MOBILEFACENET[name.split(".")[0]] for name in state}
+    if "conv_sep" in first:  # mbf: two of its layers at each resolution
+        part = {"conv_sep": 4, "features": 5, **{f"layers.{number}": number // 2 for number in range(8)}}
+        return {name: part[re.match(r"(layers\.)?\w+", name)[0]] for name in state}
     if "layer1" in first:
         known = {"conv1": 0, "bn1": 0, "prelu": 0, **{f"layer{stage}": stage for stage in (1, 2, 3, 4)}}
         return {name: known.get(name.split(".")[0], 5) for name in state}

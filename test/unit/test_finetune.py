@@ -19,7 +19,9 @@ from runtime.errors import ModelError
 pytestmark = pytest.mark.core
 
 
-@pytest.mark.parametrize("net", [("ir", 18), ("ir_se", 50), ("iresnet", 18), ("resnet", 50), ("mobilefacenet", None)])
+@pytest.mark.parametrize(
+    "net", [("ir", 18), ("ir_se", 50), ("iresnet", 18), ("resnet", 50), ("mobilefacenet", None), ("mbf", None)]
+)
 def test_parts_follow_the_resolution(net):
     """From part to part the sides of what the modules give become smaller, and every parameter has its part."""
     backbone = create_model(*net, embedding_size=16).eval()
