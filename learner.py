@@ -121,7 +121,8 @@ class Learner:
 
         self.tuned = self.device.tune(config.tf32, config.autotune)
         self.precision = recognizer.precision = choose_precision(config, self.device, world)
-        recognizer.as_quickest = config.use_amp and config.opt_level == "auto"
+        # switched off, mixed precision says nothing of verification; evaluate.py takes the same way
+        recognizer.as_quickest = not (config.use_amp and config.opt_level == "O0")
         check_memory(config, recognizer, self.dataset.num_classes, world)
         net_mode = recognizer.architecture["net_mode"]
         self.head = MarginHead(

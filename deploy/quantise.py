@@ -1,4 +1,4 @@
-"""An ONNX recognizer in int8 by static quantisation, which onnxruntime runs up to twice as fast (docs/serving.md).
+"""An ONNX recognizer in int8 by static quantisation: up to three times as fast in onnxruntime (docs/serving.md).
 
 Shapes: N images of S x S.
 """
