@@ -174,7 +174,7 @@ class Config:
         "milestones", "course of the learning rate", ("milestones", "polynomial", "cosine", "constant")
     )
     milestones: tuple[int, ...] = option(
-        (12, 15, 18), "epochs after which the learning rate is multiplied by gamma", low=0
+        (12, 15, 18), "epochs, counted from 0, at whose start the learning rate is multiplied by gamma", low=0
     )
     gamma: float = option(0.1, "factor at a milestone", low=0, old=("--lr_decay", "--lr_decay_factor"))
     lr_power: float = option(2.0, "power of the polynomial schedule", low=0, high=100)
@@ -452,7 +452,7 @@ def _unknown(name: str) -> str:
         return f"--{name} is gone: {GONE[plain]}"
     if plain in ELSEWHERE:
         return f"--{name} is of another project; here it is {ELSEWHERE[plain]}"
-    close = difflib.get_close_matches(plain, list(_types()), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(plain, list(_types()), n=3, cutoff=0.6)
     return f"unknown option --{name}: " + (
         f"did you mean {', '.join('--' + c for c in close)}?" if close else "see --help for all of them"
     )
@@ -599,4 +599,8 @@ class _Parser(argparse.ArgumentParser):
                     "--list_configs shows those that are here"
                 )
             raise ConfigError(f"'{words[0]}' is not an option: options begin with --")
-        raise ConfigError(message)
+        value = re.fullmatch(r"argument ([^/:]+)\S*: invalid (int|float) value: (.*)", message, re.DOTALL)
+        if value:
+            wanted = "a whole number" if value.group(2) == "int" else "a number"
+            raise ConfigError(f"{value.group(1)} {value.group(3)}: must be {wanted}")
+        raise ConfigError(message.removeprefix("argument "))

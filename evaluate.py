@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import config as options
+import configs
 import report
-from configs import RECIPES
 from runtime import files, log
 from runtime.progress import progress, ticking
 
@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    config = options.parse_arguments(sys.argv[1:], training=False, recipes=RECIPES)
+    if "--list_configs" in sys.argv[1:]:
+        print(configs.table())
+        return 0
+    config = options.parse_arguments(sys.argv[1:], training=False, recipes=configs.RECIPES)
     # torch and what stands on it only now: --help and a misspelt option answer at once
     from runtime.device import parse_device
     from runtime.dist import open_world, world_env

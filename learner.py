@@ -66,6 +66,11 @@ class Progress:
     accuracy: float = 0.0
     verified: bool = True
 
+    @property
+    def last_epoch(self) -> int:
+        """The epoch last trained in, from 0."""
+        return self.epoch if self.step_in_epoch else max(0, self.epoch - 1)
+
 
 class Learner:
     """Trains `recognizer` with a head of its own on `dataset`, verifies, saves and resumes.
@@ -234,7 +239,7 @@ class Learner:
         if self.resumed is None:
             self.device.seed(config.seed + 1 + world.rank)  # different on each rank (dropout), unlike the weights
         if at.epoch >= config.epochs:
-            logger.info("trained to epoch %d already, and --epochs is %d: raise it to go on", at.epoch, config.epochs)
+            logger.info("%d of --epochs=%d are trained already: raise it to go on", at.epoch, config.epochs)
         log = runlog.RunLog(run_dir, world, config.as_dict(), config.tensorboard)
         saving = self.checkpoints.opened(config.fs_dir_for_save)
         tracing = profiled(self.device, run_dir / "profile", config.profile and world.is_main)
@@ -252,6 +257,7 @@ class Learner:
                     self._train_epoch(log, signals, speed, profiler)
                     at.epoch, at.step_in_epoch, at.verified = at.epoch + 1, 0, not self.pair_sets
                     # Before verifying, which takes minutes; what it finds goes into the checkpoint that replaces this.
+                    at.accuracy = 0.0 if self.pair_sets else at.accuracy  # that of other weights
                     saved = self.save()
                     if self.pair_sets:
                         self._verify(log, signals)
@@ -424,11 +430,12 @@ class Learner:
                 result.threshold,
                 " (untrained)" if untrained else "",
             )
-            log.record("verify", step=at.step, epoch=at.epoch, set=name, untrained=untrained, **embed.as_record(result))
+            found = embed.as_record(result)
+            log.record("verify", step=at.step, epoch=at.last_epoch, set=name, untrained=untrained, **found)
             log.scalar(f"{name}_accuracy", result.accuracy, at.step)
             log.scalar(f"{name}_best_threshold", result.threshold, at.step)
             log.figure(f"{name}_roc_curve", partial(embed.roc_figure, result, name), at.step)
-            if name == next(iter(self.pair_sets)):
+            if name == next(iter(self.pair_sets)) and not result.caution:
                 at.accuracy, self.recognizer.threshold = result.accuracy, result.threshold
         at.verified = True
 
@@ -469,7 +476,7 @@ class Learner:
         """What this run is about to do, for who started it."""
         config, at = self.config, self.progress
         course = {
-            "milestones": f"x {config.gamma:g} after epochs {', '.join(map(str, config.milestones)) or '-'}",
+            "milestones": f"x {config.gamma:g} from epochs {', '.join(map(str, config.milestones)) or '-'} on",
             "constant": "constant",
         }.get(config.lr_schedule, config.lr_schedule)
         return opening_lines(
@@ -545,7 +552,7 @@ class Learner:
         return {
             "model": self.recognizer.state_dict(),
             "optimizer": optim.optimizer_state(self.optimizer, self.precision.names),
-            "epoch": at.epoch if at.step_in_epoch else max(0, at.epoch - 1),  # the one last trained in
+            "epoch": at.last_epoch,
             "config": self.config.as_dict(),
             "meta": {**self.meta, "versions": runlog.versions()},
             "training": {**asdict(at), "damaged": self.loader.damaged, "precision": self.precision.state_dict()},

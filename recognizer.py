@@ -27,7 +27,7 @@ from model import foreign
 from runtime import log as runlog
 from runtime.device import Device, parse_device
 from runtime.dist import ALONE, World
-from runtime.errors import CheckpointError, DamagedItem, DataError
+from runtime.errors import CheckpointError, DamagedItem, DataError, PairError
 from runtime.precision import POLICIES, Precision
 from verify import embed
 from verify.protocol import PairResult
@@ -238,7 +238,7 @@ class Recognizer:
 
         images: uint8 RGB [N, 112, 112, 3], a list of such images or of image files' paths, or anything with len() whose
         slices are such arrays. flip_sum: of an image and its mirror together. watch: see `verify.embed.embed_images`.
-        Raises DataError, one line, for images of another size or type.
+        Raises DataError, one line, for images of another size or type, PairError where there is none.
         """
         return embed.embed_images(self.backbone, _Images(images), **self._how(world, batch_size, flip_sum), **watch)
 
@@ -253,10 +253,13 @@ class Recognizer:
     ) -> dict[str, PairResult]:
         """Evaluates pair sets: {name: path}, or a path of one set or of a folder of them. {name: PairResult}.
 
-        channel_order: what the sets' files hold, where it is not recorded beside them. Raises DataError, PairError.
+        channel_order: what the sets' files hold, where it is not recorded beside them. Raises DataError for a
+        file that is none, PairError where nothing is to be verified.
         """
         if not isinstance(sets, Mapping):
-            sets = pairs.find_pair_sets(sets)
+            place, sets = sets, pairs.find_pair_sets(sets)
+            if not sets:
+                raise PairError(f"{place}: no pair set is there: give a file such as lfw.bin, or the folder of some")
         results = {}
         for name, path in sets.items():
             images, issame_N = pairs.load_pairs(path, channel_order)

@@ -39,9 +39,14 @@ def read(path, world: World = ALONE) -> tuple[Path, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        newest = store.newest(path) or store.newest(path / "models")
+        # of files with other names, as other projects leave them, the one written last
+        others = sorted(path.glob("*.pth"), key=lambda file: file.stat().st_mtime)
+        newest = store.newest(path) or store.newest(path / "models") or (others[-1] if others else None)
         if newest is None:
-            path = reshard.find(path)
+            try:
+                path = reshard.find(path)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; there is no .pth file in it either") from None
             return path, _network(path, sharded.load(path, {}, world)[0])
         path = newest
     return path, _network(path, store.load_pth(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from config import Config, replace
 from configs.published import LACKING, PUBLISHED
@@ -54,8 +55,11 @@ def take_config(argv: list, ranks: int = 1) -> tuple:
     rest = [word for word in argv if word not in words and word != "--config"]
     if name in RECIPES:
         return ["--recipe", name, *rest], RECIPES
+    stem = Path(name).stem
+    if not Path(name).is_file() and stem in RECIPES:  # configs/ms1mv3_r50, as arcface_torch's own commands name it
+        return ["--recipe", stem, *rest], RECIPES
     if not name.endswith(".py"):
-        raise ConfigError(f"--config '{name}': choose from {', '.join(RECIPES)}, or give a config file (.py)")
+        raise ConfigError(f"--config '{name}': --list_configs shows the recipes; a config file ends in .py")
     recipe, notes = read_config(name, ranks)
     for note in notes:
         print(f"{name}: {note}", file=sys.stderr)

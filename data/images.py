@@ -176,6 +176,7 @@ def contact_sheet(dataset, path, rows: int = 8, cols: int = 12) -> None:
     classes = np.unique(dataset.labels)
     chosen = classes[np.linspace(0, len(classes) - 1, min(rows, len(classes))).astype(int)]
     height, width = dataset.size
+    cols = min(cols, max(int((dataset.labels == label).sum()) for label in chosen))
     sheet = np.zeros((len(chosen) * height, cols * width, 3), np.uint8)
     for row, label in enumerate(chosen):
         for col, index in enumerate(np.flatnonzero(dataset.labels == label)[:cols]):

@@ -180,7 +180,11 @@ def summarise(lines: list[dict], case: str = "") -> tuple[dict, dict]:
     beginnings = [i for i, line in enumerate(lines) if line.get("kind") == "run"]
     if not beginnings:
         raise ReportError("metrics.jsonl holds no run line: it does not say what ran")
-    run, last = lines[beginnings[-1]], lines[beginnings[-1] :]
+    parts = [lines[a:b] for a, b in zip(beginnings, [*beginnings[1:], len(lines)])]
+    while len(parts) > 1 and _had_nothing_to_do(parts[-1]):
+        parts.pop()
+    last = parts[-1]
+    run = last[0]
     evaluation = run.get("task") == "evaluate"
     history = _history(lines)
     steps = [line for line in history if line["kind"] == "step"]
@@ -191,7 +195,7 @@ def summarise(lines: list[dict], case: str = "") -> tuple[dict, dict]:
     if evaluation and not verifications:
         raise ReportError("the evaluation had no verification set")
     if not evaluation and not steps:
-        if ends[-1].get("reason") == "finished" and (run.get("config") or {}).get("resume"):
+        if _had_nothing_to_do(last):
             raise NothingTrained("nothing was left to train: raise --epochs to go on")
         raise ReportError("the run recorded no training step")
 
@@ -222,13 +226,27 @@ def summarise(lines: list[dict], case: str = "") -> tuple[dict, dict]:
         "config": config,
         "verification": _verification(verifications, config.get("val_targets") or []),
     }
-    verified = next((entry for entry in report["verification"] if entry["trained"]), None)
+    trained = [entry for entry in report["verification"] if entry["trained"]]
+    verified = next((entry for entry in trained if not entry["trained"].get("caution")), None)
     if evaluation:
-        report["accuracy"] = verified["trained"]["accuracy"]
-        report["accuracy_is"] = f"verification on {verified['set']}"
+        report["accuracy"] = verified["trained"]["accuracy"] if verified else None
+        report["accuracy_is"] = (
+            f"verification on {verified['set']}" if verified else f"not known: {trained[0]['trained']['caution']}"
+        )
     else:
         report.update(_training(steps, last, batch, verified))
     return report, {"steps": steps, "verifications": verifications}
+
+
+def _had_nothing_to_do(part: list[dict]) -> bool:
+    """Whether this part of a run resumed what was trained to its end already."""
+    given = part[0].get("config") or {}
+    return (
+        bool(given.get("resume") or given.get("pth_path"))
+        and part[0].get("task") != "evaluate"
+        and not any(line.get("kind") == "step" for line in part)
+        and part[-1].get("reason") == "finished"
+    )
 
 
 def _history(lines: list[dict]) -> list[dict]:

@@ -58,7 +58,10 @@ def result_rows(verification: list[dict]) -> tuple[list[str], list[tuple[str, li
         spread = f" ± {line['std']:.4f}" if line.get("std") is not None else ""
         rates = [(line.get("tar_at_far") or {}).get(far) for far in fars]
         cells = [name, state, formatted(line.get("pairs"), "d"), formatted(line["accuracy"], ".4f") + spread]
-        cells += [formatted(line.get("threshold"), ".3f"), *("-" if rate is None else f"{rate:.4f}" for rate in rates)]
+        cells.append(formatted(line.get("threshold"), ".3f"))
+        if line.get("caution"):  # then they mean nothing
+            cells[-2:] = "-", "-"
+        cells += [*("-" if rate is None else f"{rate:.4f}" for rate in rates)]
         rows.append((state, cells))
         if line.get("caution"):
             reasons[f"{name}: {line['caution']}"] = None

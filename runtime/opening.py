@@ -39,7 +39,7 @@ def opening_lines(
     """The lines, each a word and what it means for this run. Everything counts from 0, as file names and metrics do.
 
     batch_size: images of one update, all ranks and micro-batches together. epochs: (the first to train, the one after
-    the last). lr_course: how the rate goes on, as "x 0.1 after epochs 12, 15, 18". weights: where they come from;
+    the last). lr_course: how the rate goes on, as "x 0.1 from epochs 12, 15, 18 on". weights: where they come from;
     empty for new ones. verified: the names of the pair sets; checkpoints, run_dir: folders.
     """
     first, end = epochs

@@ -203,10 +203,13 @@ class Precision:
         self.divergence.check(diagnose)
 
     def model_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """model.state_dict() in fp32, from the masters where there are any. The tensors are the model's own memory."""
-        exact = self._exact()
-        state = {name: exact.get(name, value).detach() for name, value in model.state_dict().items()}
-        return {name: _widened(value) for name, value in state.items()}
+        """model.state_dict() in fp32, from the masters where there are any. The tensors are the model's own memory.
+
+        It is the one that the model gave, with what it says beside its tensors, such as the channel order."""
+        exact, state = self._exact(), model.state_dict()
+        for name, value in state.items():
+            state[name] = _widened(exact.get(name, value).detach())
+        return state
 
     @torch.no_grad()
     def load_model_state(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

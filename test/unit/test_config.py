@@ -58,7 +58,7 @@ def test_booleans(text, value):
         (["configs/ms1mv3_r50_onegpu"], "--config=configs/ms1mv3_r50_onegpu reads it"),
         (["wf42m_pfc02_r100.py"], "is a config of arcface_torch"),
         (["--fs_name=file:///x", "--fs_checkpoint_dir=../y"], "leads out of the store"),
-        (["--lr=x"], "invalid float"),
+        (["--lr=x"], "^--lr 'x': must be a number"),
         (["--net_mode=irse"], "choose from ir, ir_se"),
         (["--use_amp=maybe"], "neither true nor false"),
         (["--milestones=a"], "--milestones a"),

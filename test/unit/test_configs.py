@@ -118,6 +118,8 @@ def test_code_and_wrong_values_are_one_line(tmp_path, line, says):
 
 
 def test_the_command_line_takes_names_and_files(tmp_path, capsys):
+    for name in ("configs/ms1mv3_r100", "configs/ms1mv3_r100.py"):  # arcface_torch's own name for it
+        assert configs.take_config([f"--config={name}"])[0] == ["--recipe", "ms1mv3_r100"]
     argv, recipes = configs.take_config(["--config=ms1mv3_r100", "--lr=0.3"])
     taken = options.parse_arguments(argv, recipes=recipes)
     assert (taken.net_depth, taken.lr, taken.batch_size) == (100, 0.3, 1024)
@@ -125,7 +127,7 @@ def test_the_command_line_takes_names_and_files(tmp_path, capsys):
     argv, recipes = configs.take_config(["--config", path, "--epochs=1"], ranks=2)
     assert options.parse_arguments(argv, recipes=recipes).batch_size == 1024
     assert "has no place here" in capsys.readouterr().err
-    for words, says in ((["--config=nothing"], "choose from"), (["--config"], "give a recipe's name")):
+    for words, says in ((["--config=nothing"], "--list_configs shows"), (["--config"], "give a recipe's name")):
         with pytest.raises(ConfigError, match=says):
             configs.take_config(words)
     with pytest.raises(ConfigError, match="cannot be read"):

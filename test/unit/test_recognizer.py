@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from data import open_dataset, pairs
 from learner import Learner
 from recognizer import Recognizer
 from runtime.device import Device
-from runtime.errors import CheckpointError, DataError
+from runtime.errors import CheckpointError, DataError, PairError
 
 pytestmark = pytest.mark.core
 CPU = Device("cpu")
@@ -174,3 +176,23 @@ def test_any_number_of_ranks_gives_the_same_bits(net, tiny, tmp_path):
     expected = (alone.embed(images, batch_size=3).tobytes(), result.accuracy, result.threshold, alone.fingerprint)
     for ranks in (2, 3, 8):
         assert run_ranks(evaluated_by_recognizer, ranks, str(path), str(tiny / "lfw.bin")) == [expected] * ranks
+
+
+def test_whatever_a_user_saves_of_it_keeps_its_channel_order(net, tmp_path):
+    """Its keys are those of InsightFace_Pytorch, whose nets want BGR."""
+    ours = net.save(tmp_path / "ours.pth")
+    for name, state in (("state.pth", net.state_dict()), ("model.pth", torch.load(ours)["model"])):
+        torch.save(state, tmp_path / name)
+        loaded = Recognizer.load(tmp_path / name, CPU)
+        assert (loaded.channel_order, loaded.fingerprint) == ("rgb", net.fingerprint)
+
+
+def test_a_folder_stands_for_its_newest_weights_of_any_name(net, tmp_path):
+    with pytest.raises(CheckpointError, match="no whole sharded checkpoint.*no .pth file"):
+        Recognizer.load(tmp_path, CPU)
+    torch.save({}, tmp_path / "older.pth")
+    os.utime(tmp_path / "older.pth", (1, 1))
+    net.save(tmp_path / "backbone.pth")
+    assert Recognizer.load(tmp_path, CPU).fingerprint == net.fingerprint
+    with pytest.raises(PairError, match="no pair set is there"):
+        net.verify(tmp_path)

@@ -152,6 +152,9 @@ def test_what_a_set_cannot_tell_is_said_below_the_table(run_log, tmp_path, capsy
     verified(run_log, 5, "lfw", 1.0, caution="all 20 pairs are equal: no accuracy can be told")
     finish(run_log)
     command.main([str(tmp_path)])
+    assert texts(tmp_path)[0]["accuracy"] == 0.25  # of training: that of the set means nothing
+    (row,) = (line for line in report.result_lines(texts(tmp_path)[0]["verification"]) if line.startswith("lfw  "))
+    assert "1.0000" not in row
     line = "lfw: all 20 pairs are equal: no accuracy can be told"
     assert line in capsys.readouterr().out.splitlines() and line in texts(tmp_path)[1]
 
@@ -374,3 +377,12 @@ def test_the_command_ends_with_one_line_and_status_1(root, tmp_path):
     done = subprocess.run([sys.executable, "report.py", str(tmp_path)], cwd=root, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(r"error: .*metrics\.jsonl cannot be read.*\n", done.stderr)
+
+
+def test_a_resumed_run_with_nothing_left_to_do_leaves_the_report_as_it_was(run_log, tmp_path):
+    whole_run(run_log)
+    before = report.write_report(tmp_path, tmp_path)
+    run_log.config = {**CONFIG, "resume": "newest"}
+    begin(run_log)
+    finish(run_log)
+    assert report.write_report(tmp_path, tmp_path) == before

@@ -24,7 +24,7 @@ RUN = dict(
     device="npu:0 Ascend910",
     precision="O2",
     lr=0.01,
-    lr_course="x 0.1 after epochs 12, 15, 18",
+    lr_course="x 0.1 from epochs 12, 15, 18 on",
     weights="",
     checkpoints="work_space/models",
     run_dir="test/output/run",
@@ -39,7 +39,8 @@ def test_a_run_of_eight_ranks():
         "batch    2,560 images an update: 8 ranks x 320",
         "steps    2,274 an epoch, epochs 0 to 19: 45,480 in all",
         "device   npu:0 Ascend910, O2",
-        "rate     0.01, x 0.1 after epochs 12, 15, 18; the usual rule (0.1 for 1,024 images, in proportion) gives 0.25",
+        "rate     0.01, x 0.1 from epochs 12, 15, 18 on; "
+        "the usual rule (0.1 for 1,024 images, in proportion) gives 0.25",
         "output   checkpoints in work_space/models, metrics and report in test/output/run",
     ]
 
