@@ -118,14 +118,14 @@ def test_loss_scaling_leaves_the_update_as_it_is(inv_scale):
 @pytest.mark.parametrize("kw", [{}, dict(sample_rate=0.5), dict(momentum_on_host=True)])
 def test_a_step_with_found_inf_moves_nothing_and_drops_the_gradient(kw):
     head = train(make(**kw), 2)
-    weight_CD, velocity_CD = head.centers.weight.clone(), head.centers.momentum_table().read(slice(0, C)).clone()
+    weight_CD, momentum_CD = head.centers.weight.clone(), head.centers.momentum_table().read(slice(0, C)).clone()
     emb_BD, label_B = batch(5)
     assert float(head.found_inf()) == 0
     (head(emb_BD, label_B).loss * float("inf")).backward()
     assert float(head.found_inf()) == 1
     head.step(0.1, found_inf=head.found_inf())
     assert torch.equal(head.centers.weight, weight_CD)
-    assert torch.equal(head.centers.momentum_table().read(slice(0, C)), velocity_CD)
+    assert torch.equal(head.centers.momentum_table().read(slice(0, C)), momentum_CD)
     assert not head._pending and float(head.found_inf()) == 0
     train(head, 1, found_inf=torch.zeros(()))
     assert not torch.equal(head.centers.weight, weight_CD)
@@ -272,9 +272,9 @@ def test_every_form_follows_float32(form, sample_rate):
     difference_CD = stored.centers.weight.float() - plain.centers.weight
     assert (difference_CD.abs() <= unit * plain.centers.weight.abs() + 6e-8).all()
     if stored.centers.momentum is not None:
-        velocity_CD = plain.centers.momentum.data
-        peak_C1 = velocity_CD.abs().max(1, keepdim=True)[0]
-        assert ((stored.centers.momentum_table().read(slice(0, C)) - velocity_CD).abs() <= peak_C1 / 100 + 1e-6).all()
+        momentum_CD = plain.centers.momentum.data
+        peak_C1 = momentum_CD.abs().max(1, keepdim=True)[0]
+        assert ((stored.centers.momentum_table().read(slice(0, C)) - momentum_CD).abs() <= peak_C1 / 100 + 1e-6).all()
     emb_BD, label_B = batch(0, torch.float32)
     losses = []
     for _ in range(30):
@@ -384,9 +384,9 @@ def test_a_state_in_another_form_is_converted():
     second = make(dtype=torch.bfloat16, momentum_dtype=torch.int8)
     second.load_local_state(first.local_state())
     assert torch.equal(second.centers.weight, first.centers.weight.to(torch.bfloat16))
-    velocity_CD = first.centers.momentum.data
-    error_CD = (second.centers.momentum_table().read(slice(0, C)) - velocity_CD).abs()
-    assert (error_CD <= velocity_CD.abs().max(1, keepdim=True)[0] / 127).all()
+    momentum_CD = first.centers.momentum.data
+    error_CD = (second.centers.momentum_table().read(slice(0, C)) - momentum_CD).abs()
+    assert (error_CD <= momentum_CD.abs().max(1, keepdim=True)[0] / 127).all()
     third = make(dtype=torch.float32)
     third.load_local_state(second.local_state())
     assert torch.equal(third.centers.momentum.data, second.centers.momentum_table().read(slice(0, C)))

@@ -385,7 +385,7 @@ def test_infer_names_the_nearest(base):
     assert index.tolist() == [-1]
 
 
-def test_profile_leaves_a_trace_and_the_dearest_operations(base):
+def test_profile_leaves_a_trace_and_the_most_expensive_operations(base):
     if not hasattr(torch, "inference_mode"):  # torch 1.9
         with pytest.raises(DeviceError, match="--profile needs torch 1.9"):
             trained(replace(base, profile=True))

@@ -1,4 +1,4 @@
-"""optim.py: parameter groups of the lineage, the choice of SGD, schedules, optimizer state by name."""
+"""optim.py: parameter groups of upstream projects, the choice of SGD, schedules, optimizer state by name."""
 
 from __future__ import annotations
 

@@ -161,19 +161,19 @@ def test_only_sampled_rows_move_and_their_momentum():
     head.centers.momentum.data.fill_(0.5)
     emb_BD, label_B = batch()
     index_R = sampled(head, label_B, 0)[0]
-    weight_CW, velocity_CW = head.centers.weight.clone(), head.centers.momentum.data.clone()
+    weight_CW, momentum_CW = head.centers.weight.clone(), head.centers.momentum.data.clone()
     head(emb_BD, label_B).loss.backward()
     grad_RW = rows_gradient(head.op, head._pending[0][1], head.centers.rows(index_R), head.spec)
     head.step(0.2)
-    new_velocity_RW = 0.9 * 0.5 + grad_RW + 0.1 * weight_CW[index_R]
-    expected_velocity_CW = velocity_CW.index_copy(0, index_R, new_velocity_RW)
-    expected_weight_CW = weight_CW.index_add(0, index_R, -0.2 * new_velocity_RW)
-    assert torch.allclose(head.centers.momentum.data, expected_velocity_CW, rtol=0, atol=1e-14)
+    new_momentum_RW = 0.9 * 0.5 + grad_RW + 0.1 * weight_CW[index_R]
+    expected_momentum_CW = momentum_CW.index_copy(0, index_R, new_momentum_RW)
+    expected_weight_CW = weight_CW.index_add(0, index_R, -0.2 * new_momentum_RW)
+    assert torch.allclose(head.centers.momentum.data, expected_momentum_CW, rtol=0, atol=1e-14)
     assert torch.allclose(head.centers.weight, expected_weight_CW, rtol=0, atol=1e-14)
     untouched = torch.ones(40, dtype=torch.bool)
     untouched[index_R] = False
     assert torch.equal(head.centers.weight[untouched], weight_CW[untouched])
-    assert torch.equal(head.centers.momentum.data[untouched], velocity_CW[untouched])
+    assert torch.equal(head.centers.momentum.data[untouched], momentum_CW[untouched])
 
 
 def test_update_rows_all_is_a_dense_optimizer_on_an_indexed_parameter():

@@ -1,4 +1,4 @@
-"""`.pth` files: whole or not there, and read as if a stranger had made them."""
+"""`.pth` files: whole or not there, and read as if nobody could be trusted."""
 
 from __future__ import annotations
 

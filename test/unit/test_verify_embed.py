@@ -92,7 +92,7 @@ def test_half_precision_output_becomes_unit_rows():
     np.testing.assert_allclose(np.linalg.norm(emb, axis=1), 1, rtol=0, atol=1e-6)
 
 
-def test_verify_names_the_set_that_cannot_be_judged():
+def test_verify_names_the_set_that_cannot_be_evaluated():
     net = small_net()
     good = (noise_images(20), [True, False] * 5)
     results = verify(net, {"a": good, "b": (noise_images(24), [True] * 12)}, CPU, to_input=to_input)

@@ -47,7 +47,7 @@ def untrained_net():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with lfw.bin, a pair folder cfp_fp/, weights with this project's meta, and a lineage's bare weights."""
+    """A folder with lfw.bin, a pair folder cfp_fp/, weights with this project's meta, and an upstream project's bare weights."""
     folder, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
     answers = [i % 2 == 0 for i in range(PAIRS)]
     pairs.write_bin(folder / "lfw.bin", [jpeg(rng) for _ in range(2 * PAIRS)], answers)
@@ -81,7 +81,7 @@ def directly(folder, channel_order="rgb", **more):
     return verify(untrained_net(), sets, CPU, batch_size=8, to_input=to_input, **more)["lfw"]
 
 
-def test_all_sets_of_the_folder_are_judged_and_written_down(folder, tmp_path, capsys):
+def test_all_sets_of_the_folder_are_evaluated_and_written_down(folder, tmp_path, capsys):
     results = run(arguments(folder, "ours.pth", f"--output={tmp_path}"))
     assert list(results) == ["lfw", "cfp_fp"]
     assert results["lfw"].accuracy == directly(folder).accuracy
@@ -137,7 +137,7 @@ def test_flip_sum_reaches_the_embeddings(folder, tmp_path):
     np.testing.assert_array_equal(results["lfw"].roc.tpr, directly(folder, flip_sum=True).roc.tpr)
 
 
-def test_two_ranks_judge_what_one_judges(folder, tmp_path):
+def test_two_ranks_find_what_one_finds(folder, tmp_path):
     alone = run(arguments(folder, "ours.pth", f"--output={tmp_path / 'alone'}", "--val_targets=lfw"))
     config = arguments(folder, "ours.pth", f"--output={tmp_path / 'both'}", "--val_targets=lfw")
     expected = {name: result.accuracy for name, result in alone.items()}
