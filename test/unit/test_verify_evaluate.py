@@ -47,7 +47,7 @@ def untrained_net():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with lfw.bin, a pair folder cfp_fp/, weights with this project's meta, and an upstream project's bare weights."""
+    """A folder with lfw.bin, a pair folder cfp_fp/, weights with this project's meta, and an upstream project's."""
     folder, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
     answers = [i % 2 == 0 for i in range(PAIRS)]
     pairs.write_bin(folder / "lfw.bin", [jpeg(rng) for _ in range(2 * PAIRS)], answers)

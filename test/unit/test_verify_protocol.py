@@ -47,8 +47,8 @@ def test_same_numbers_as_the_straightforward_version(pairs, folds, seed):
 
 
 def test_a_pair_is_accepted_below_the_threshold_and_ties_take_the_smallest():
-    # Fold 0 is evaluated with what fold 1 chose: 0.01 is the first threshold that accepts 0 and rejects 2; it rejects fold
-    # 0's same pair. Fold 1 is evaluated with the first threshold above 2; it accepts fold 1's different pair.
+    # Fold 0 is evaluated with what fold 1 chose: 0.01 is the first threshold that accepts 0 and rejects 2; it rejects
+    # fold 0's same pair. Fold 1 is evaluated with the first threshold above 2; it accepts fold 1's different pair.
     result = evaluate_pairs(pairs_at(2, 4, 0, 2), [True, False, True, False], folds=2)
     assert [fold.accuracy for fold in result.folds] == [0.5, 0.5]
     assert [fold.threshold for fold in result.folds] == pytest.approx([0.01, 2.01], abs=1e-12)
