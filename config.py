@@ -244,7 +244,9 @@ class Config:
         "", "name of the run in reports", form=rf"({CASE})? the name of a file: letters, digits and _ . + -"
     )
     pth_path: str = option(
-        "", "weights to start from or to evaluate: ours or a known project's; of a folder the newest"
+        "",
+        "weights to start from or to evaluate: ours or a known project's; of a folder the newest. A training of ours "
+        "goes on at its step, unless --is_finetune",
     )
     is_finetune: bool = option(False, "take only the backbone of pth_path, with a new head")
     resume: str = option(

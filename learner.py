@@ -31,7 +31,7 @@ from runtime import log as runlog
 from runtime.device import Device, parse_device
 from runtime.dist import ALONE, World, wrap_data_parallel
 from runtime.divergence import first_non_finite
-from runtime.errors import ConfigError, DataError
+from runtime.errors import ConfigError, DataError, PrecisionError
 from runtime.loss_scale import parse_loss_scale
 from runtime.opening import opening_lines
 from runtime.precision import Precision, make_precision
@@ -269,6 +269,10 @@ class Learner:
                     self.save()
                 self.checkpoints.wait()  # the process ends next, and its threads with it
                 raise
+            except PrecisionError:
+                for name in self.checkpoints.saved[-1:]:
+                    logger.info("the last checkpoint is %s", self.checkpoints.folder / name)
+                raise
             except DataError:
                 # The data failed, not the training. With several ranks the others are in the middle of a step.
                 if world.size == 1 and at.step_in_epoch:
@@ -475,8 +479,9 @@ class Learner:
     def _opening(self) -> list[str]:
         """What this run is about to do, for who started it."""
         config, at = self.config, self.progress
+        milestones = [str(epoch) for epoch in config.milestones if epoch < config.epochs]
         course = {
-            "milestones": f"x {config.gamma:g} from epochs {', '.join(map(str, config.milestones)) or '-'} on",
+            "milestones": f"x {config.gamma:g} from epochs {', '.join(milestones)} on" if milestones else "constant",
             "constant": "constant",
         }.get(config.lr_schedule, config.lr_schedule)
         return opening_lines(
