@@ -312,11 +312,11 @@ def test_the_model_of_the_example(small, monkeypatch, caplog):
     own = space["ins"].model
     assert sum(p.numel() for p in own.parameters()) == 43_584_985
     with torch.no_grad():
-        faces = torch.randn(2, 3, 112, 112)
+        faces = torch.randn(2, 3, 112, 112, dtype=torch.float64)
         ours = ResNet50().eval()
         fitted = weights._fitted(by_kind(own), ours.net)
         ours.net.load_state_dict(fitted)
-        assert torch.allclose(ours(faces), own.eval()(faces), atol=1e-4)
+        torch.testing.assert_close(ours.double()(faces), own.double().eval()(faces), rtol=1e-9, atol=1e-9)
 
 
 def by_kind(net):
@@ -399,7 +399,7 @@ def test_hdfs_examples(small, monkeypatch, caplog):
     entry.set_checkpoint_dir("saved_model2")
     entry.set_hdfs_info("webhdfs://127.0.0.1:9", "name,passwd", fs_checkpoint_dir="some_dir")
     monkeypatch.setattr("checkpoint.remote.LONGEST_WAIT_S", 0.01)
-    monkeypatch.setattr("checkpoint.remote.download.__defaults__", (0.1, 0.01))
+    monkeypatch.setattr("checkpoint.remote.download.__defaults__", (0.1, 0.01, -1))
     with pytest.raises(CheckpointError, match="not downloaded"):
         entry.test()
 
