@@ -75,16 +75,20 @@ class SmallTraining:
         self.losses: list[float] = []
         self.steps = 0
 
+    def images(self):
+        """The next step's, as the net wants them."""
+        images_BHWC, flip_B = (t.to(self.device.torch) for t in batch(self.steps % 2, self.batch)[:2])
+        return self.precision.cast_input(to_input(images_BHWC, flip_B))
+
     def step(self, max_norm=None):
-        on_host = batch(self.steps % 2, self.batch)
-        images_BHWC, flip_B, labels_B = (t.to(self.device.torch) for t in on_host)
+        labels_B = batch(self.steps % 2, self.batch)[-1]
+        images = self.images()
         self.steps += 1
-        self.head.prepare(on_host[-1])
+        self.head.prepare(labels_B)
         self.net.train()
-        images = self.precision.cast_input(to_input(images_BHWC, flip_B))
         with self.precision.autocast():
             embeddings_BD = self.forward(images)
-        out = self.head(embeddings_BD, labels_B)
+        out = self.head(embeddings_BD, labels_B.to(self.device.torch))
         self.precision.backward(out.loss)
         self.precision.step(self.optimizer, head=self.head, lr=LR, max_norm=max_norm)
         self.losses.append(out.loss.item())

@@ -5,6 +5,7 @@ NPU_SIM_NAME (Ascend910B3) is the device's name, NPU_SIM_BF16=0 a chip without b
 
 from __future__ import annotations
 
+import copy
 import os
 import types
 import warnings
@@ -268,18 +269,41 @@ replays = 0
 
 
 def _make_graphed_callables(module, sample_args, num_warmup_iters=3):
-    """The real one replays kernels on memory of its own. Here the module runs anew, and tells an input that would not
-    have been seen there: one of another shape or type."""
-    eager, (sample,) = module.forward, sample_args
+    """As the real one, replays on the memory that was recorded, without a word where that is no longer what is meant: a
+    parameter whose data moved is read where it was, and gradients are handed out as memory that the next replay writes
+    to again. Warming up takes gradients of whatever stood in fresh memory. Here the module runs anew, and an input of
+    another shape or type is told."""
+    if torch.is_autocast_enabled("npu") and torch.is_autocast_cache_enabled():
+        raise RuntimeError(
+            "make_graphed_callables does not support the autocast caching. Please set `cache_enabled=False`."
+        )
+    (sample,) = sample_args
+    eager, names, parameters = copy.copy(module), *zip(*module.named_parameters())
+    recorded, gradients = [p.detach() for p in parameters], [torch.zeros_like(p) for p in parameters]
     for _ in range(num_warmup_iters):
-        eager(sample)
+        out = eager(sample)
+        torch.autograd.grad(out, parameters, torch.empty_like(out))
+
+    class Replayed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, *_):
+            ctx.leaves = [p.detach().requires_grad_() for p in recorded]
+            with torch.enable_grad():
+                ctx.out = torch.func.functional_call(eager, dict(zip(names, ctx.leaves)), (x,))
+            return ctx.out.detach()
+
+        @staticmethod
+        def backward(ctx, grad):
+            for kept, new in zip(gradients, torch.autograd.grad(ctx.out, ctx.leaves, grad)):
+                kept.copy_(new)
+            return None, *[kept.detach() for kept in gradients]
 
     def forward(x):
         global replays
         if (x.shape, x.dtype) != (sample.shape, sample.dtype):
             raise RuntimeError("a graph replays inputs of the shape that was recorded")
         replays += 1
-        return eager(x)
+        return Replayed.apply(x, *parameters)
 
     module.forward = forward
     return module
