@@ -54,7 +54,8 @@ def eager_loss(emb_BD, weight_RD, column_B, spec, world):
     if world.size > 1:
         # the other ranks' share is a constant here: their rows are theirs
         lse_NB = world.all_gather(lse_B.detach()[None])
-        lse_NB[world.rank] = -float("inf")
+        # finite: some chips take inf for an overflow
+        lse_NB[world.rank] = torch.finfo(lse_NB.dtype).min
         lse_B = torch.logaddexp(lse_B, torch.logsumexp(lse_NB, dim=0))
     return lse_B - spec.s * value_B, better_B, lse_B, derivative_B, logit_B
 

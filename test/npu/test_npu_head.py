@@ -70,11 +70,25 @@ def test_nothing_in_a_good_step_raises_a_saturating_chip_s_flag_and_an_unknown_l
     code = """
 import test_npu_head, torch, torch_npu
 from head.head import MarginHead
+from head.ops import LossSpec, Rows, find_op
+from runtime.dist import World
 flag = torch.npu.utils.get_npu_overflow_flag
 torch.npu.clear_npu_overflow_flag()
 for name, options in test_npu_head.CASES.items():
     test_npu_head.train(torch.device("npu:0"), **options)
     assert not flag(), name
+
+class Two(World):
+    def all_reduce_(self, t, op="sum"):
+        return t
+    def all_gather(self, t):
+        return torch.cat([t, t])
+
+rows = Rows(torch.randn(30, 16).npu(), torch.ones(30).npu())
+spec = LossSpec(lambda target_B, norm_B: (target_B, torch.ones_like(target_B)))
+first = find_op("reference", torch.device("npu")).first
+first(torch.randn(4, 16).npu(), rows, torch.arange(4).npu(), spec, Two(size=2), True)
+assert not flag(), "two ranks"
 head = MarginHead(300, 16, device=torch.device("npu:0"))
 labels = torch.tensor([1, 2, 300, 4]).npu()
 head.prepare(labels)
