@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import HERE, STUBS
@@ -47,6 +48,17 @@ def test_a_good_machine(check, tmp_path):
     assert of(rows, "speed")["O2, npu_fused_sgd"] == "ok" and "images/s" in rows["speed", "O0"]["detail"]
     page = (tmp_path / "check" / "npu_check.html").read_text()
     assert "Ascend910B3" in page and "convolution" in page and done.stdout.splitlines()[-1].endswith("npu_check.html")
+
+
+def test_operators_on_the_host_are_noted_and_other_warnings_pass():
+    from check import fallbacks_noted
+
+    said = "CAUTION: The operator 'aten::x' is not supported on the NPU backend and will fall back to run on the CPU."
+    with pytest.warns(UserWarning, match="^another$"), fallbacks_noted() as fallen:
+        warnings.warn(said, stacklevel=1)
+        warnings.warn(said.replace("aten::x", "aten::_fused_sgd_"), stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert fallen == [said]
 
 
 def test_a_first_chip_is_as_torch_npu_says(check):
