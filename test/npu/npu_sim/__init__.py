@@ -53,6 +53,9 @@ _INTEGERS = {"Byte", "Char", "Short", "Int", "Long"}
 _SLOW = {
     **dict.fromkeys(("__rshift__", "__irshift__", "bitwise_right_shift", "bitwise_right_shift_"), _INTEGERS),
     **dict.fromkeys(("sort", "argsort", "topk", "unique", "_unique2", "unique_consecutive", "searchsorted"), _INTEGERS),
+    # on the first chips alone
+    **dict.fromkeys(("bitwise_and", "bitwise_and_", "bitwise_xor", "bitwise_xor_", "__and__", "__xor__"), {"Long"}),
+    **dict.fromkeys(("floor_divide", "floor_divide_"), {"Long"}),
     **dict.fromkeys(("cumsum", "cumsum_"), {"Long", "Bool"}),
     **dict.fromkeys(("index_put_", "_index_put_impl_"), {"Long"}),
     "_fused_sgd_": {"Float", "Half", "BFloat16"},
