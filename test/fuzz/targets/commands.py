@@ -116,6 +116,7 @@ command(
             "--verify_images=2", "--pairs=20", "--seed=1")
     ],
     data__synthetic___jpeg=_no_face,
+    data__synthetic___MOST=1 << 10,  # millions of pairs are work, as was asked for
 )  # fmt: skip
 command("prepare_data", "tools.prepare_data", lambda: [one(_set(), "--rec_path=.", "--output=out")])
 command(
