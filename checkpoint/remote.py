@@ -424,9 +424,10 @@ def download(store: Store, folder, give_up_s: float = 300.0, first_wait_s: float
         except DamagedCheckpoint as error:
             log.warning("skipped %s", error)
             problems.append(error)
-    found = [one for one in found if one[0] > above]
-    if above >= 0 and not found:
-        return None
+    if above >= 0:
+        found = [one for one in found if one[0] > above]
+        if not found:
+            return None
     for _step, _time, files, name in sorted(found, key=lambda one: (one[:2], one[3]), reverse=True):
         try:
             fetch(files)

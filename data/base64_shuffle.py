@@ -229,7 +229,7 @@ def _plain(text: memoryview, label_first: bool) -> Optional[np.ndarray]:
         equals += some.count(b"=")
         ends.append(at + np.flatnonzero(bytes_N[at : at + _IN_CACHE] == ord("\n")))
     ends = np.concatenate(ends)
-    if b"".join(others) != b"\t\n" * len(ends):
+    if not len(ends) or b"".join(others) != b"\t\n" * len(ends):
         return None
     # the last bytes of each line from behind: its label, a tab, and what comes before
     tail_LK = bytes_N[np.maximum(ends[:, None] - np.arange(1, _MAX_DIGITS + 2), 0)]

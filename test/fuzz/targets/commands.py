@@ -232,6 +232,8 @@ _options_only(
 if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
     from tiny_deploy import RedFaces
 
+    from deploy.photos import list_photos
+
     def _model() -> dict:
         return deploy._models()[0]
 
@@ -244,6 +246,11 @@ if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
             f"photos/{name}/1.png": png(picture(colour)) for name, colour in (("Ann", (9, 90, 9)), ("Bo", (9, 9, 90)))
         }
 
+    def _photos_below(folder, *more):
+        if os.path.abspath(folder) == "/":
+            raise _Accepted  # the whole machine is work, as was asked for
+        return list_photos(folder, *more)
+
     def _pairs() -> bytes:
         return pickle.dumps(([image(i, quality=10) for i in range(8)], [True, False, False, True]), 4)
 
@@ -251,6 +258,7 @@ if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
         "calibrate", "tools.calibrate",
         lambda: [one({**_model(), "lfw.bin": _pairs()}, "--model=m.onnx", "--pairs=lfw.bin", "--far=0.5",
                      "--device=cpu", "--channel_order=rgb", "--output=out.onnx")],
+        deploy__calibration__list_photos=_photos_below,
     )  # fmt: skip
     command(
         "demo", "deploy.demo",
@@ -261,6 +269,7 @@ if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
                 "--output=out", "--cdd_num=5", "--max_batch_size=1", "--rec_thresh=0.4", "--like_original"),
         ],
         deploy__demo__open_detector=lambda *_: RedFaces(),
+        deploy__demo__list_photos=_photos_below,
     )  # fmt: skip
 
     def _serving(*_):
