@@ -225,9 +225,17 @@ def _hccl_timeout(timeout_s: float) -> float:
     """The group's timeout, which ends the process without naming anybody, and so has to be longer than the two that
     HCCL keeps itself: for connecting, and for a collective on the device. They follow timeout_s where not set."""
     # HCCL takes 120 and more seconds for the one, and older versions multiples of 68 for the other
-    connect = int(os.environ.setdefault("HCCL_CONNECT_TIMEOUT", str(max(120, int(timeout_s / 2)))))
-    execute = int(os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(68 * max(1, int(timeout_s / 68)))))
-    return max(timeout_s, connect, execute) + 60
+    usual = {
+        "HCCL_CONNECT_TIMEOUT": max(120, int(timeout_s / 2)),
+        "HCCL_EXEC_TIMEOUT": 68 * max(1, int(timeout_s / 68)),
+    }
+    longest = timeout_s
+    for name, seconds in usual.items():
+        value = os.environ.setdefault(name, str(seconds))
+        if not value.isdecimal():
+            raise RankError(f"{name}={value}: give whole seconds, or leave it unset")
+        longest = max(longest, int(value))
+    return longest + 60
 
 
 def _of_this_start(store, rank: int, size: int, timeout_s: float):

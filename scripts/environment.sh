@@ -46,11 +46,13 @@ make_environment() {
     done
     [ "${#sums[@]}" -eq 0 ] && return 0
     echo "installing ${arguments[*]} into $folder"
-    # torch before 2.3, as an Ascend image may bring it, is built for NumPy 1.
-    "$folder/bin/python" -c "
-import sys
+    # The torch that is there stays, for torch_npu or CUDA belongs to it: pip would take the newest torchvision, and its
+    # torch. One before 2.3, as an Ascend image may bring it, is built for NumPy 1.
+    # shellcheck disable=SC2207  (words)
+    arguments+=($("$folder/bin/python" -c "
 from importlib.metadata import version
-sys.exit(tuple(map(int, version('torch').split('.')[:2])) >= (2, 3))" 2>/dev/null && arguments+=("numpy<2")
+torch = version('torch').split('+')[0]
+print('torch==' + torch, *['numpy<2'] * (tuple(map(int, torch.split('.')[:2])) < (2, 3)))" 2>/dev/null))
     if ! "$folder/bin/python" -m pip install --quiet "${arguments[@]}"; then
         echo "error: pip could not install ${arguments[*]} into $folder; what it wrote above says why" >&2
         return 1

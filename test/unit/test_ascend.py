@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
 from runtime import ascend
 from runtime.device import Device
-from runtime.errors import DeviceError
+from runtime.dist import _hccl_timeout
+from runtime.errors import DeviceError, RankError
 
 pytestmark = pytest.mark.core
 
@@ -76,3 +79,28 @@ def test_usual_errors_are_explained(said, meaning):
 
 def test_other_errors_are_not():
     assert ascend.explain("shapes do not match") is None
+
+
+def test_a_timeout_that_is_no_number_is_one_line(monkeypatch):
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "300")
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "68")
+    assert _hccl_timeout(100) == 360
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "30min")
+    with pytest.raises(RankError, match="^HCCL_EXEC_TIMEOUT=30min: give whole seconds, or leave it unset$"):
+        _hccl_timeout(100)
+
+
+def test_the_torch_that_is_there_is_not_replaced_by_another(root, tmp_path):
+    """An Ascend image brings the torch that its torch_npu belongs to; pip would take a newer one with torchvision."""
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/bin/sh\n[ "$2" = pip ] && echo "$@" >{tmp_path}/pip && exit 0\n'
+        f'[ "$1" = -c ] && [ -n "$2" ] && exec {sys.executable} -c "import importlib.metadata as m\n'
+        "m.version = lambda name: '2.1.0+npu'\n$2\"\n"
+    )
+    python.chmod(0o755)
+    (tmp_path / "some.txt").write_text("torchvision\n")
+    command = f"source scripts/environment.sh; make_environment {tmp_path}/env {sys.executable} {tmp_path}/some.txt"
+    subprocess.run(["bash", "-c", command], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "pip").read_text().split()[-2:] == ["torch==2.1.0", "numpy<2"]

@@ -542,7 +542,7 @@ def test_quickstart_shows_the_faces_that_it_trains_on(quickstart, tmp_path, spel
 
 def test_quickstart_ends_on_a_wrong_option_before_anything_is_made(quickstart):
     done = quickstart("--lr=much")
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: argument --lr")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: --lr 'much': must be a number")
     assert done.stderr.count("\n") == 1 and not (quickstart.project / "test" / "output").exists()
 
 
