@@ -94,11 +94,12 @@ def test_the_torch_that_is_there_is_not_replaced_by_another(root, tmp_path):
     """An Ascend image brings the torch that its torch_npu belongs to; pip would take a newer one with torchvision."""
     python = tmp_path / "env" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(
-        f'#!/bin/sh\n[ "$2" = pip ] && echo "$@" >{tmp_path}/pip && exit 0\n'
-        f'[ "$1" = -c ] && [ -n "$2" ] && exec {sys.executable} -c "import importlib.metadata as m\n'
-        "m.version = lambda name: '2.1.0+npu'\n$2\"\n"
-    )
+    python.write_text(f"""#!/bin/sh
+if [ "$2" = pip ]; then echo "$@" >{tmp_path}/pip; exit; fi
+if [ -n "$2" ]; then exec {sys.executable} -c "import importlib.metadata
+importlib.metadata.version = lambda name: '2.1.0+npu'
+$2"; fi
+""")
     python.chmod(0o755)
     (tmp_path / "some.txt").write_text("torchvision\n")
     command = f"source scripts/environment.sh; make_environment {tmp_path}/env {sys.executable} {tmp_path}/some.txt"
