@@ -37,7 +37,7 @@ from runtime.opening import opening_lines
 from runtime.precision import Precision, make_precision
 from runtime.profile import profiled
 from runtime.progress import progress, ticking
-from runtime.signals import Stopped, StopSignals
+from runtime.signals import FAILED, Stopped, StopSignals
 from runtime.speed import WARMUP_STEPS, Speed
 from verify import embed
 from verify.nearest import nearest
@@ -70,6 +70,32 @@ class Progress:
     def last_epoch(self) -> int:
         """The epoch last trained in, from 0."""
         return self.epoch if self.step_in_epoch else max(0, self.epoch - 1)
+
+
+class DataFailed(DataError):
+    """What one of several ranks read, said on all of them at the same step."""
+
+
+class _Lasting:
+    """The batches of an epoch. Where the data of one of several ranks fails, the others wait for that rank in every
+    step: so its last batch comes again until `signals` has told them all. error: what failed; position: the step of the
+    epoch that it was for."""
+
+    def __init__(self, batches, progress: Progress, signals: StopSignals):
+        self.error: Optional[DataError] = None
+        self.position: Optional[int] = None
+        self._batches, self._progress, self._signals, self._last = iter(batches), progress, signals, None
+
+    def __next__(self):
+        if self.error is None:
+            try:
+                self._last = next(self._batches)
+            except DataError as error:
+                if self._last is None:
+                    raise
+                self.error, self.position = error, self._progress.step_in_epoch
+                self._signals.give_up()
+        return self._last
 
 
 class Learner:
@@ -273,9 +299,9 @@ class Learner:
                 for name in self.checkpoints.saved[-1:]:
                     logger.info("the last checkpoint is %s", self.checkpoints.folder / name)
                 raise
-            except DataError:
-                # The data failed, not the training. With several ranks the others are in the middle of a step.
-                if world.size == 1 and at.step_in_epoch:
+            except DataError as error:
+                # The data failed, not the training. With several ranks the others may be in the middle of a step.
+                if (world.size == 1 or isinstance(error, DataFailed)) and at.step_in_epoch:
                     self.save()
                     self.checkpoints.wait()
                 raise
@@ -289,7 +315,8 @@ class Learner:
         self.backbone.train()
         freeze(self.backbone, self.config.freeze)  # batch norms that stay are not in training
         self.loader.set_position(at.epoch, at.step_in_epoch * config.accumulate)
-        batches = iter(self.device.prefetch(iter(self.loader), self._to_device))
+        batches = self.device.prefetch(iter(self.loader), self._to_device)
+        batches = _Lasting(batches, at, signals) if self.world.size > 1 else iter(batches)
         title = f"epoch {at.epoch} of 0-{config.epochs - 1}"
         # Sums stay on the device between two lines of the log: no step waits for the host.
         sums, steps = 0, 0
@@ -306,7 +333,7 @@ class Learner:
                 if at.step % config.log_every == 0 or at.step_in_epoch == self.steps_per_epoch:
                     self._log_step(log, bar, speed, lr, (sums / steps).tolist())
                     sums, steps = 0, 0
-                self._leave_if_asked(signals)
+                self._leave_if_asked(signals, batches)
                 if save_every.due(at.step) and at.step_in_epoch < self.steps_per_epoch:
                     with speed.paused():
                         share_buffers(self.backbone, self.world)
@@ -401,8 +428,16 @@ class Learner:
         if not math.isfinite(loss):
             logger.warning("loss is not finite at step %d", at.step)
 
-    def _leave_if_asked(self, signals: StopSignals) -> None:
-        number = signals.asked(self.progress.step)
+    def _leave_if_asked(self, signals: StopSignals, batches) -> None:
+        at = self.progress
+        number = signals.asked(at.step, now=at.step_in_epoch == self.steps_per_epoch)
+        if number == FAILED:
+            share_buffers(self.backbone, self.world)
+            failed = self.world.all_gather_object((batches.position, str(batches.error)))
+            position, rank, why = min((p, rank, why) for rank, (p, why) in enumerate(failed) if p is not None)
+            # The steps since then saw this rank's last batch again: they are to be trained on its own.
+            at.step, at.step_in_epoch = at.step - at.step_in_epoch + position, position
+            raise DataFailed(f"rank {rank}: {why}")
         if number:
             share_buffers(self.backbone, self.world)
             raise Stopped(number)

@@ -19,8 +19,11 @@ class Stopped(Exception):
         self.signal_number = signal_number
 
 
+FAILED = 1 << 10  # beside the numbers of signals: a rank cannot go on
+
+
 class StopSignals:
-    """While open, SIGINT and SIGTERM do not end the process; `asked` says that one came.
+    """While open, SIGINT and SIGTERM do not end the process; `asked` says that one came, or that a rank gave up.
 
     Ranks have to leave together. Asking them costs an accelerator a wait for everything that is queued, so they ask
     one another about every `every_s` seconds: a preempted machine grants some thirty.
@@ -44,25 +47,32 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number, _frame) -> None:
-        self._caught = number
+        if self._caught != FAILED:
+            self._caught = number
 
     @property
     def here(self) -> int:
         """The signal that this rank got; 0 for none. The others may not have got it."""
         return self._caught
 
-    def asked(self, step: int) -> int:
-        """The signal on which all ranks leave after `step`, or 0. Call it on all ranks, after every step."""
+    def give_up(self) -> None:
+        """This rank cannot go on: `asked` says FAILED on all of them the next time that they ask one another."""
+        self._caught = FAILED
+
+    def asked(self, step: int, now: bool = False) -> int:
+        """The signal on which all ranks leave after `step`, FAILED, or 0. Call it on all ranks, after every step.
+
+        now: the ranks ask one another at once."""
         if self._world.size == 1:
             return self._caught
         last, then = self._last
-        if step - last < self._wait:
+        if step - last < self._wait and not now:
             return 0
-        now = time.monotonic()
-        seconds_a_step = (now - then) / (step - last) if then and step > last else self._every_s
+        here = time.monotonic()
+        seconds_a_step = (here - then) / (step - last) if then and step > last else self._every_s
         told = torch.tensor([self._caught, seconds_a_step], dtype=torch.float32, device=self._world.device)
         number, seconds_a_step = self._world.all_reduce_(told, "max").tolist()
-        self._last = (step, now)
+        self._last = (step, here)
         # tripled at the most, so that a first step that compiles, or a pause, does not decide for long
         self._wait = max(1, min(3 * self._wait, int(self._every_s / max(seconds_a_step, 1e-6))))
         return int(number)

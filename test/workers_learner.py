@@ -15,6 +15,7 @@ from head.head import MarginHead
 from learner import Learner
 from runtime.device import Device
 from runtime.dist import wrap_data_parallel
+from runtime.errors import DataError
 
 STEPS, BATCH = 3, 4
 
@@ -54,6 +55,26 @@ def run_learner(world, config):
     weights = torch.cat([p.detach().flatten() for p in learner.backbone.parameters()])
     buffers = torch.cat([b.flatten().double() for b in learner.backbone.buffers()])
     return learner.progress.step, weights.numpy(), buffers.numpy()
+
+
+def run_with_failing_data(world, config, images):
+    """Trains; on rank 1 the data fails after so many images. Returns what was raised, and the position it left."""
+    learner = Learner.from_config(config, Device("cpu"), world)
+    load, calls = learner.dataset.load_into, []
+
+    def failing(index, out_HWC):
+        calls.append(index)
+        if len(calls) > images:
+            raise DataError("the disk went away")
+        return load(index, out_HWC)
+
+    if world.rank == 1:
+        learner.dataset.load_into = failing
+    try:
+        learner.train()
+    except DataError as error:
+        return str(error), learner.progress.step, learner.progress.step_in_epoch
+    raise AssertionError("the data did not fail")
 
 
 def resume_learner(world, config):

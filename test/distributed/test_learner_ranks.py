@@ -81,3 +81,18 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path):
     assert [step for step, _ in kernels] == [3, 3, 3]
     for _, kernel in kernels[1:]:
         np.testing.assert_array_equal(kernel, kernels[0][1])
+
+
+@pytest.mark.parametrize("images, position", [(6, 3), (2, 1)])
+def test_data_that_fails_on_one_of_two_ranks_costs_no_step(tmp_path, images, position):
+    config = Config(
+        net_mode="mobilefacenet", embedding_size=16, data_path=str(make_tiny_set(tmp_path / "set")), batch_size=4,
+        epochs=1, lr=1e-5, work_path=str(tmp_path / "work"), device_type="cpu", num_workers=0, tensorboard=False,
+        with_test=False,
+    )  # fmt: skip
+    found = run_ranks(workers.run_with_failing_data, 2, config, images)
+    assert found == [("rank 1: the disk went away", position, position)] * 2
+    saved = store.load_pth(store.newest(tmp_path / "work/models"))
+    assert saved["training"]["step"] == saved["training"]["step_in_epoch"] == position
+    step, _ = run_ranks(workers.resume_learner, 2, config)[0]
+    assert step == position

@@ -111,7 +111,7 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_identical(base, tmp_path):
     trained(whole)
 
     class Interrupted(Learner):
-        def _leave_if_asked(self, signals):
+        def _leave_if_asked(self, *_):
             if self.progress.step == 7:
                 raise Stopped(signal.SIGTERM)
 
@@ -145,7 +145,7 @@ def test_a_sharded_resume_is_bit_identical(base, tmp_path, sample_rate, interrup
     losses = {}
 
     class Interrupted(Learner):
-        def _leave_if_asked(self, signals):
+        def _leave_if_asked(self, *_):
             if self.progress.step == interrupted_at:
                 raise Stopped(signal.SIGTERM)
 
