@@ -420,7 +420,7 @@ class Entry:
                 except (RuntimeError, KeyError, TypeError) as error:
                     raise CheckpointError(f"{path}: is not of {type(self.model).__name__}: {one_line(error)}") from None
         else:
-            recognizer = Recognizer.load(path, device, opt_level="O0", world=world)  # val.py says what train.py said
+            recognizer = Recognizer.load(path, device, world=world)
         log.info("loaded %s", path)
         return recognizer
 

@@ -580,7 +580,11 @@ def test_the_first_module_that_is_not_finite_is_named():
 
 
 def saved(run):
-    copy = lambda tree: {k: copy(v) if isinstance(v, dict) else v.clone() for k, v in tree.items()}  # noqa: E731
+    def copy(tree):
+        if isinstance(tree, dict):
+            return {key: copy(value) for key, value in tree.items()}
+        return tree.clone() if isinstance(tree, torch.Tensor) else tree
+
     return (
         copy(run.precision.model_state(run.model)),
         copy(optim.optimizer_state(run.optimizer, run.precision.names)),
