@@ -213,7 +213,7 @@ def open_world(device: Device, timeout_s: float = 600, backend: str = "auto") ->
         if not _is_lost_peer(error):
             roll.stopped(error)
             raise
-        raise RankError(roll.explain(error)) from error
+        raise RankError(roll.explain(error, hccl=device.backend == "hccl")) from error
     finally:
         roll.close()
         # nccl and hccl may wait there for collectives that never end; the process's own end cuts those off.
@@ -346,15 +346,18 @@ class _Roll:
         with self._lock:
             self.store.set("reason", reason)
 
-    def explain(self, error: BaseException) -> str:
+    def explain(self, error: BaseException, hccl: bool = False) -> str:
         """Why a collective failed, in one line."""
         try:
             blame, lost = self._blame()
             self._leave(lost)
         except RuntimeError:
             blame = "rank 0 died, and with it the store in which ranks meet"
-        said = " ".join(str(error).split()).split(". ")[0]
-        return blame if " stopped: " in blame else f"{blame} (of {self.size} ranks; the collective said: {said[:200]})"
+        if " stopped: " in blame:
+            return blame
+        meaning = ascend.explain(str(error)) if hccl else None
+        said = meaning or "the collective said: " + " ".join(str(error).split()).split(". ")[0][:200]
+        return f"{blame} (of {self.size} ranks; {said})"
 
     def _blame(self) -> tuple:
         """(who, how many ranks will not come to ask the same)."""

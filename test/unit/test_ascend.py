@@ -10,7 +10,7 @@ import pytest
 
 from runtime import ascend
 from runtime.device import Device
-from runtime.dist import _hccl_timeout
+from runtime.dist import _hccl_timeout, _Roll
 from runtime.errors import DeviceError, RankError
 
 pytestmark = pytest.mark.core
@@ -105,3 +105,13 @@ $2"; fi
     command = f"source scripts/environment.sh; make_environment {tmp_path}/env {sys.executable} {tmp_path}/some.txt"
     subprocess.run(["bash", "-c", command], cwd=root, check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "pip").read_text().split()[-2:] == ["torch==2.1.0", "numpy<2"]
+
+
+def test_what_hccl_said_in_the_middle_of_a_run_is_explained_beside_the_rank(monkeypatch):
+    roll = object.__new__(_Roll)
+    roll.size = 8
+    monkeypatch.setattr(_Roll, "_blame", lambda self: ("rank 3 hangs: see its log", 1))
+    monkeypatch.setattr(_Roll, "_leave", lambda self, lost: None)
+    said = RuntimeError("call hccl api failed. EI0013: an error CQE occurred during operator execution")
+    assert roll.explain(said, hccl=True) == f"rank 3 hangs: see its log (of 8 ranks; {ascend.explain(str(said))})"
+    assert "the collective said: call hccl api failed" in roll.explain(said)
