@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 
 from runtime.errors import CheckpointError, DamagedCheckpoint
-from runtime.files import atomic_file, checksum, sync_folder, temporary_path
+from runtime.files import atomic_file, checksum, sync, temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -434,9 +434,9 @@ def begin(folder, name: str) -> tuple:
 
 def publish(temporary, final) -> None:
     """Gives a complete directory its name, after everything in it has reached the disk."""
-    sync_folder(temporary)
+    sync(temporary)
     os.rename(temporary, final)
-    sync_folder(Path(final).parent)
+    sync(Path(final).parent)
 
 
 def named(folder) -> list:

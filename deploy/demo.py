@@ -19,7 +19,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -35,7 +34,7 @@ from deploy.photos import SUFFIXES, list_photos, read_photo
 from deploy.video import SUFFIXES as VIDEO_SUFFIXES
 from deploy.video import VideoReader, VideoWriter
 from runtime.errors import ConfigError, DamagedItem, GalleryError, UserError, printable
-from runtime.files import atomic_file, temporary_path
+from runtime.files import atomic_file, atomic_path
 from runtime.log import Parser
 
 log = logging.getLogger(__name__)
@@ -223,10 +222,9 @@ class InsightFace:
     def _video(self, path: Path) -> Iterator[dict]:
         frames = VideoReader(path)
         target = self._target(path.name if path.suffix.lower() == ".mp4" else f"{path.name}.mp4", path)
-        partial = temporary_path(target)
-        rate = 30 if self.args.like_original else frames.rate
-        writer, records, damage = VideoWriter(partial, rate), [], None
-        try:
+        rate, records, damage = 30 if self.args.like_original else frames.rate, [], None
+        with atomic_path(target) as partial:
+            writer = VideoWriter(partial, rate)
             try:
                 for number, frame in enumerate(frames, start=1):
                     found = self._recognise(frame.image_HWC[..., ::-1] if self.args.like_original else frame.image_HWC)
@@ -237,15 +235,12 @@ class InsightFace:
                     yield self._result(found)
             except DamagedItem as error:
                 damage = error
-            if records:  # what could be read is kept
-                writer.close()
-                os.replace(partial, target)
-                self._write_json(target, records)
-            if damage:
-                raise damage
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+            if not records:
+                raise damage or DamagedItem(f"{path}: holds no frames")
+            writer.close()  # what could be read is kept
+        self._write_json(target, records)
+        if damage:
+            raise damage
 
     def _recognise(self, image_HWC: np.ndarray) -> Found:
         height, width = image_HWC.shape[:2]
@@ -378,14 +373,9 @@ class InsightFace:
         target = Path(args.build_index)
         if target.exists():
             Gallery.open(target).close()  # only a gallery of ours is replaced
-        partial = temporary_path(target)
-        try:
+        with atomic_path(target, GalleryError) as partial:
             with Gallery.create(partial, self._fingerprint, self._dimension, self._recognizer.threshold) as gallery:
                 gallery.add_many(entries)
-            os.replace(partial, target)
-        finally:
-            with suppress(OSError):
-                partial.unlink()
         log.info('Build done. Total %d. Index file has been saved in "%s"', len(entries), target)
 
     def _person(self, image_HWC: np.ndarray) -> np.ndarray:

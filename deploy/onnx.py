@@ -7,9 +7,7 @@ Every file takes float32 [B, 3, 112, 112], (pixel - 127.5) / 127.5, B free, and 
 from __future__ import annotations
 
 import json
-import os
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -47,20 +45,16 @@ def export(recognizer, path, export_type: str = "onnx", images=None, upstream: s
         raise ConfigError(f"--export_type {export_type}: choose from {', '.join(TYPES)}")
     path = Path(path)
     recognizer.as_quickest = False  # the file is compared with what fp32 gives
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{path}: is there and is no file: choose another name")
     if recognizer.device.kind != "cpu":
         raise ModelError("an export is made on the CPU: load the recognizer with device='cpu'")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = files.temporary_path(path).with_suffix(TYPES[export_type])
     checked = _images(images)
-    try:
-        embed = _WRITERS[export_type](recognizer, temporary, _metadata(recognizer, upstream))
-        _compare(recognizer.embed(checked), embed(checked), path)
-        os.replace(temporary, path)
-    finally:
-        for left in temporary.parent.glob(temporary.stem + "*"):  # an exporter may put weights beside
-            with suppress(OSError):
+    with files.atomic_path(path, ModelError, suffix=TYPES[export_type]) as temporary:
+        try:
+            embed = _WRITERS[export_type](recognizer, temporary, _metadata(recognizer, upstream))
+            _compare(recognizer.embed(checked), embed(checked), path)
+        finally:
+            for left in {*temporary.parent.glob(temporary.stem + "*")} - {temporary}:  # weights put beside it
                 left.unlink()
     return path
 

@@ -1,7 +1,8 @@
 """Files written whole or not at all, and the one checksum of the project: sha256.
 
-Every file that a command leaves goes through `atomic_file` (or write_text, write_json), so that a full disk, a kill or
-a power cut leaves the old file or the new one, and two runs that write the same name cannot spoil each other's.
+Every file that a command leaves goes through `atomic_file` (or atomic_path, write_text, write_json), so that a full
+disk, a kill or a power cut leaves the old file or the new one, and two runs that write the same name cannot spoil each
+other's.
 """
 
 from __future__ import annotations
@@ -38,23 +39,23 @@ def open_regular(path):
 
 
 @contextmanager
-def atomic_file(path, error: type[UserError] = UserError) -> Iterator:
-    """Yields a binary file that becomes `path` in one step when the block ends, or leaves no trace when it fails.
+def atomic_path(path, error: type[UserError] = UserError, suffix: str = "") -> Iterator[Path]:
+    """Yields a path that nobody uses, for a writer that opens files by itself; what it wrote there becomes `path` in
+    one step when the block ends, or leaves no trace when it fails.
 
-    The file has the permissions that the user's umask gives. Raises `error`, one line with the cure, where `path` is
-    something other than a file, and for any OSError in the block: what was there before is then untouched.
+    suffix: how the path has to end. Raises `error`, one line with the cure, where `path` is something other than a
+    file, and for any OSError in the block: what was there before is then untouched.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a rename would replace a device such as /dev/null by a file
         raise error(f"{path}: cannot be written (it is there and is no file): choose another name")
     temporary = temporary_path(path)
+    temporary = temporary.with_name(temporary.name + suffix)
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as failure:
         raise error(
             f"{path}: cannot be written ({failure.strerror or failure}); what was there before is untouched: "
@@ -63,6 +64,13 @@ def atomic_file(path, error: type[UserError] = UserError) -> Iterator:
     finally:
         with suppress(OSError):
             os.unlink(temporary)
+
+
+@contextmanager
+def atomic_file(path, error: type[UserError] = UserError) -> Iterator:
+    """Yields a binary file that becomes `path`; as atomic_path. It has the permissions that the user's umask gives."""
+    with atomic_path(path, error) as temporary, open(temporary, "xb") as file:
+        yield file
 
 
 def write_text(path, text: str, error: type[UserError] = UserError) -> None:
@@ -92,9 +100,9 @@ def left_over(folder, pattern: str = "*") -> list[Path]:
     return sorted(found)
 
 
-def sync_folder(folder) -> None:
-    """Makes renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path) -> None:
+    """Makes the bytes of a file, or the renames inside a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -114,7 +114,7 @@ def test_wrong_words_and_files(tmp_path, faces):
     make().save(tmp_path / "model.pth")
     with pytest.raises(ConfigError, match="choose from onnx, torchscript, pth"):
         command.export(options(tmp_path / "model.pth", "paddle", tmp_path / "x"))
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ModelError, match="is no file"):
         command.export(options(tmp_path / "model.pth", "pth", tmp_path))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.jpg").write_bytes(b"no image")
