@@ -90,8 +90,11 @@ class Engine:
             self.threshold = known if self.threshold is None else self.threshold
         self.batcher: Optional[Batcher] = None
         if isinstance(self.recognizer, OnnxRecognizer):
-            # one face a core: that is as quick as any batch, and a request stays on the thread that decodes it
-            self.compute, self._counting = self._embed_now, threading.Lock()
+            # One face a core: that is as quick as any batch, and a request stays on the thread that decodes it. One
+            # that is alone in this process takes all of its cores.
+            self.compute, self._counting, self._running = self._embed_now, threading.Lock(), 0
+            self.on_one_core = OnnxRecognizer(path, 1) if settings.threads > 1 else self.recognizer
+            self.on_one_core.embed(blank_NSS3)
         else:
             self.batcher = Batcher(self.recognizer.embed, settings.batch, observe=self.metrics.batch)
             self.compute = self.batcher.submit
@@ -149,7 +152,12 @@ class Engine:
     def _embed_now(self, crops_NSS3: np.ndarray) -> np.ndarray:
         with self._counting:
             self.metrics.batch(len(crops_NSS3))
-        return self.recognizer.embed(crops_NSS3)
+            alone, self._running = not self._running, self._running + 1
+        try:
+            return (self.recognizer if alone else self.on_one_core).embed(crops_NSS3)
+        finally:
+            with self._counting:
+                self._running -= 1
 
     def look(self, data: bytes, number: int, aligned: Optional[bool], only_largest: bool) -> tuple:
         """(Faces, unit embeddings [n, D], or a future of them) of an encoded image. Raises Refused, Busy."""
