@@ -38,6 +38,7 @@ def rows_of(folder):
     return record, file.with_suffix(".md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_it_writes_a_dated_record(tmp_path, capsys):
     step.main(
         [
@@ -128,6 +129,7 @@ def test_the_arithmetic_is_counted_as_torch_counts_it():
     assert step.training_flops(backbone) == 3 * counter.get_total_flops() - first
 
 
+@pytest.mark.slow
 def test_a_baseline_is_measured_beside_ours(tmp_path, monkeypatch):
     for name, text in PEER.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -396,6 +396,7 @@ def test_a_model_that_cannot_be_served_is_one_line(tmp_path, root):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_fault_with_our_own_page(server, tmp_path):
     """What the OpenAPI page says is what is answered. No schema can say "bytes of a photo", so what fits the page may
     still be refused."""
@@ -419,6 +420,7 @@ def test_an_image_is_built_from_what_is_here(root):
     assert parser().parse_args([*entry[3:], "--model", "x"]).port == 8010
 
 
+@pytest.mark.slow
 def test_mutated_requests_get_an_answer(started):
     """The short form of test/fuzz/mutated_requests.py."""
     from fuzz.mutated_requests import run

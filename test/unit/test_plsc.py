@@ -298,6 +298,7 @@ def test_readers_example(small, monkeypatch, caplog):
     assert "End pass 0" in caplog.text and (small / "output/0/meta.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_model_of_the_example(small, monkeypatch, caplog):
     """The documented network trains, and is ResNet50 of this project to the last parameter."""
     plsc.config.config.update(with_test=False, emb_dim=512, train_batch_size=2, train_image_num=2)
@@ -505,6 +506,7 @@ def adam_entry(folder, epochs, **given):
     return entry
 
 
+@pytest.mark.slow
 def test_adam_goes_on_where_it_stood(small, caplog):
     plsc.config.config.with_test = False
     whole = trained_by(adam_entry("whole", 2))
@@ -700,6 +702,7 @@ def original(tmp_path_factory):
     return folder, net, kernel
 
 
+@pytest.mark.slow
 def test_plscs_own_variables(original, tmp_path):
     folder, net, kernel = original
     found = weights.load(folder, model.create_model("resnet", 50, 16))
@@ -725,6 +728,7 @@ def test_plscs_own_variables(original, tmp_path):
             weights.read_variable(cut)
 
 
+@pytest.mark.slow
 def test_their_verification_and_training(original, small):
     plsc.config.config.update(model_name="ResNet50", with_test=False, train_batch_size=2, train_image_num=2)
     (small / "few").mkdir()

@@ -293,6 +293,7 @@ def test_a_hostile_index_is_one_line(saved, what):
 
 
 @needs_sharded
+@pytest.mark.slow
 def test_no_flipped_bit_of_the_index_loads(saved):
     path = saved / layout.INDEX
     whole = path.read_bytes()

@@ -71,6 +71,7 @@ def eager(config, tmp_path_factory):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_compiled_backbone_takes_the_eager_steps_and_saves_its_checkpoint(config, eager, monkeypatch):
     compiled = []
     monkeypatch.setattr(

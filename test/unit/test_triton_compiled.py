@@ -31,6 +31,7 @@ def test_the_record_is_of_these_kernels_and_names_no_spill(root):
         assert len(tiles) >= 2
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_a_gpu(root):
     """Some variants of each, narrow, here and now; and the update once for all of its random keys. In a process of its
     own, where Triton does not interpret."""
