@@ -40,7 +40,7 @@ def read(path, world: World = ALONE) -> tuple[Path, Any]:
     path = Path(path)
     if path.is_dir():
         # of files with other names, as other projects leave them, the one written last
-        others = sorted(path.glob("*.pth"), key=lambda file: file.stat().st_mtime)
+        others = sorted(filter(Path.is_file, path.glob("*.pth")), key=lambda file: file.stat().st_mtime)
         newest = store.newest(path) or store.newest(path / "models") or (others[-1] if others else None)
         if newest is None:
             try:

@@ -193,6 +193,8 @@ def test_a_folder_stands_for_its_newest_weights_of_any_name(net, tmp_path):
     torch.save({}, tmp_path / "older.pth")
     os.utime(tmp_path / "older.pth", (1, 1))
     net.save(tmp_path / "backbone.pth")
+    (tmp_path / "gone.pth").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.pth").mkdir()
     assert Recognizer.load(tmp_path, CPU).fingerprint == net.fingerprint
     with pytest.raises(PairError, match="no pair set is there"):
         net.verify(tmp_path)
